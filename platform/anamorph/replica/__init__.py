@@ -1,0 +1,25 @@
+"""Identity and publication of encrypted replicas: manifest, signature, verification, store.
+
+Nothing here knows a key: signing functions and trust anchors are passed in.
+"""
+
+from anamorph.replica.manifest import CHUNK, FORMAT, MANIFEST, FileEntry, Identity, ReplicaManifest, keyed_tag
+from anamorph.replica.seal import build_manifest, seal, sign
+from anamorph.replica.store import Store, fetch
+from anamorph.replica.verify import verify
+
+__all__ = [
+    "CHUNK",
+    "FORMAT",
+    "MANIFEST",
+    "FileEntry",
+    "Identity",
+    "ReplicaManifest",
+    "Store",
+    "build_manifest",
+    "fetch",
+    "keyed_tag",
+    "seal",
+    "sign",
+    "verify",
+]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from anamorph.wire.ids import Label
 from anamorph.wire.states import State
@@ -66,6 +66,29 @@ class RotationPolicy(Message):
     clock_skew_s: int = Field(default=30, ge=0)
     propagation_s: int = Field(default=30, ge=0)
     destroy_delay_s: int = Field(default=30 * 86400, ge=0)
+
+    @model_validator(mode="after")
+    def _grace_covers_every_client(self) -> Self:
+        least = self.client_cache_ttl_s + self.longest_request_s + self.clock_skew_s + self.propagation_s
+        if self.grace_s < least:
+            raise ValueError(
+                f"grace_s must be at least {least}: client_cache_ttl_s + longest_request_s"
+                " + clock_skew_s + propagation_s"
+            )
+        return self
+
+
+class RotationPolicyPatch(Message):
+    """Fields of a ``RotationPolicy`` to change; ``null`` switches a period or token budget off."""
+
+    period_s: int | None = None
+    token_budget: int | None = None
+    grace_s: int | None = None
+    client_cache_ttl_s: int | None = None
+    longest_request_s: int | None = None
+    clock_skew_s: int | None = None
+    propagation_s: int | None = None
+    destroy_delay_s: int | None = None
 
 
 class ModelCreate(Message):

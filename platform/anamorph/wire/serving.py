@@ -86,7 +86,12 @@ class DoorState(Message):
 
 
 class Usage(Message):
-    """Answer of an application's ``GET /usage``: tokens served since this process started."""
+    """Answer of an application's ``GET /usage``: tokens served since this process started.
+
+    ``in_flight`` counts the requests that are queued or being answered now: the
+    operator deletes an application only at zero.
+    """
 
     source: str
-    tokens: int
+    tokens: int = Field(ge=0)
+    in_flight: int = Field(default=0, ge=0)

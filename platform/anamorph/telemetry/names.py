@@ -1,0 +1,59 @@
+"""Names and buckets of what is measured.
+
+Metric and attribute names follow OpenTelemetry's semantic conventions for
+generative AI. They stand here as our own constants because the convention
+package marks its ``gen_ai`` names as moved; buckets are the ones that the
+conventions recommend. Durations are in seconds, usage in tokens.
+"""
+
+# ruff: noqa: S105  -- a name with "token" in it is no password here
+from __future__ import annotations
+
+from typing import Final
+
+# Metrics of the side that computes tokens.
+SERVER_TIME_TO_FIRST_TOKEN: Final = "gen_ai.server.time_to_first_token"
+SERVER_TIME_PER_OUTPUT_TOKEN: Final = "gen_ai.server.time_per_output_token"
+SERVER_REQUEST_DURATION: Final = "gen_ai.server.request.duration"
+SERVER_TOKENS: Final = "anamorph.server.tokens"
+SERVER_ACTIVE_REQUESTS: Final = "anamorph.server.active_requests"
+
+# Metrics of the side that asks for them.
+CLIENT_OPERATION_DURATION: Final = "gen_ai.client.operation.duration"
+CLIENT_TOKEN_USAGE: Final = "gen_ai.client.token.usage"
+CLIENT_TIME_TO_FIRST_CHUNK: Final = "gen_ai.client.operation.time_to_first_chunk"
+CLIENT_TIME_PER_OUTPUT_CHUNK: Final = "gen_ai.client.operation.time_per_output_chunk"
+
+# Metrics of the canary: encrypted divided by plaintext.
+OVERHEAD_RATIO: Final = "anamorph.overhead.ratio"
+
+# Attributes; ``guard.ALLOWED`` decides what may leave the process.
+OPERATION: Final = "gen_ai.operation.name"
+REQUEST_MODEL: Final = "gen_ai.request.model"
+TOKEN_TYPE: Final = "gen_ai.token.type"
+INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+ERROR_TYPE: Final = "error.type"
+PROTECTION: Final = "anamorph.protection"
+TENANT: Final = "anamorph.tenant"
+KEY_ID: Final = "anamorph.key_id"
+VERSION: Final = "anamorph.version"
+STATE: Final = "anamorph.state"
+ACTION: Final = "anamorph.action"
+MEASURE: Final = "anamorph.measure"
+STATISTIC: Final = "anamorph.statistic"
+
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_DURATION = tuple(0.01 * 2**step for step in range(14))  # 0.01 to 81.92
+_TOKENS = tuple(4**step for step in range(14))  # 1 to 67,108,864
+
+BUCKETS: Final[dict[str, tuple[float, ...]]] = {
+    SERVER_TIME_TO_FIRST_TOKEN: _FIRST_TOKEN,
+    SERVER_TIME_PER_OUTPUT_TOKEN: _PER_TOKEN,
+    SERVER_REQUEST_DURATION: _DURATION,
+    CLIENT_OPERATION_DURATION: _DURATION,
+    CLIENT_TIME_TO_FIRST_CHUNK: _FIRST_TOKEN,
+    CLIENT_TIME_PER_OUTPUT_CHUNK: _PER_TOKEN,
+    CLIENT_TOKEN_USAGE: _TOKENS,
+}

@@ -1,0 +1,198 @@
+"""The routes of the key service as values: method, path, body and the message that comes back.
+
+The sync and the async client send the same ``Call``; everything that is decided
+before or after the network stands here once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypedDict, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from anamorph import errors
+from anamorph.wire import admin, problems
+from anamorph.wire.states import State
+
+T = TypeVar("T", bound=BaseModel)
+
+ATTEMPTS = 4
+TIMEOUT = httpx.Timeout(30.0, connect=3.0)
+_LONGEST_PAUSE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request to the key service.
+
+    ``repeatable`` says that sending it twice does no harm: it reads, it is
+    idempotent by nature, or it carries an Idempotency-Key.
+    """
+
+    method: str
+    path: str
+    answer: type[T]
+    body: BaseModel | None = None
+    query: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    repeatable: bool = False
+
+    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        """The request as ``http`` would send it."""
+        headers, content = dict(self.headers), None
+        if self.body is not None:
+            content = self.body.model_dump_json(
+                exclude_unset=isinstance(self.body, admin.RotationPolicyPatch)
+            )
+            headers["Content-Type"] = "application/json"
+        return http.build_request(
+            self.method, self.path, content=content, params=self.query or None, headers=headers
+        )
+
+    def read(self, response: httpx.Response) -> T:
+        """The answer's message.
+
+        Raises:
+            ServiceError: the subclass of the answer's status; the base class if it is no message.
+        """
+        problems.raise_for(response.status_code, _json(response), response.headers.get("Retry-After"))
+        try:
+            return self.answer.model_validate_json(response.content)
+        except ValidationError as error:
+            # Without the cause: pydantic quotes the input, which may be a secret.
+            raise errors.ServiceError(
+                f"the answer to {self.method} {self.path} is no {self.answer.__name__}: "
+                f"{error.error_count()} field(s) are wrong; are client and service of one release?"
+            ) from None
+
+    def finish(self, response: httpx.Response | None, failure: httpx.TransportError | None) -> T:
+        """The answer's message, or the last attempt's failure as an exception.
+
+        Raises:
+            ServiceError: as ``read`` does; ``Unavailable`` if nothing answered.
+        """
+        if response is None:
+            what = type(failure).__name__
+            raise errors.Unavailable(
+                f"the key service does not answer ({what}): is it running?", code="no_answer"
+            )
+        return self.read(response)
+
+    def pause(self, attempt: int, response: httpx.Response | None) -> float | None:
+        """Seconds to wait before sending again, or ``None`` to give up.
+
+        Args:
+            attempt: 0 for the first.
+            response: the answer, or ``None`` when the connection failed.
+        """
+        if not self.repeatable or attempt + 1 >= ATTEMPTS:
+            return None
+        if response is not None and not _worth_repeating(response):
+            return None
+        asked = response.headers.get("Retry-After", "") if response is not None else ""
+        return min(float(asked) if asked.isdigit() else 0.2 * 2**attempt, _LONGEST_PAUSE_S)
+
+
+class ClientOptions(TypedDict):
+    """What both clients hand to httpx."""
+
+    base_url: str
+    headers: dict[str, str]
+    follow_redirects: bool
+    trust_env: bool
+
+
+def client_options(url: str, token: str | None) -> ClientOptions:
+    """Options of the httpx client: no environment, no redirects that carry the token away."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return ClientOptions(base_url=url, headers=headers, follow_redirects=False, trust_env=False)
+
+
+def _worth_repeating(response: httpx.Response) -> bool:
+    if response.status_code in problems.RETRYABLE:
+        return True
+    # Our own first attempt may still be running on the other side.
+    body = _json(response) if response.status_code == 409 else None
+    return isinstance(body, dict) and body.get("code") == "request_in_flight"
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def get(path: str, answer: type[T], *, page: str | None = None, **query: str | None) -> Call[T]:
+    """A read, of one page where the answer is a list."""
+    wanted = {name: value for name, value in {**query, "page": page}.items() if value is not None}
+    return Call("GET", path, answer, query=wanted, repeatable=True)
+
+
+def post(
+    path: str,
+    answer: type[T],
+    body: BaseModel | None = None,
+    *,
+    key: str | None = None,
+    if_match: int | None = None,
+) -> Call[T]:
+    """A change under an Idempotency-Key, a fresh one by default, so that it can be repeated."""
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    if if_match is not None:
+        headers["If-Match"] = f'"{if_match}"'
+    return Call("POST", path, answer, body, headers=headers, repeatable=True)
+
+
+def post_plain(
+    path: str, answer: type[T], body: BaseModel | None = None, *, repeatable: bool = False
+) -> Call[T]:
+    """A call that takes no Idempotency-Key: it answers a secret, or is idempotent by nature."""
+    return Call("POST", path, answer, body, repeatable=repeatable)
+
+
+def tenant_path(tenant: str) -> str:
+    """Path of a tenant; ids follow ``wire.ids``, so nothing in them needs quoting."""
+    return f"/v1/tenants/{tenant}"
+
+
+def model_path(tenant: str, model: str) -> str:
+    """Path of a model."""
+    return f"/v1/tenants/{tenant}/models/{model}"
+
+
+def version_path(tenant: str, model: str, version: int, verb: str = "") -> str:
+    """Path of a key version, or of one of its verbs."""
+    return f"{model_path(tenant, model)}/keys/{version}" + (f":{verb}" if verb else "")
+
+
+Verb = Literal["suspend", "resume", "revoke", "destroy", "restore", "retire", "destroyed"]
+
+
+def transition(
+    tenant: str, model: str, version: int, verb: Verb, if_match: int | None
+) -> Call[admin.KeyVersionRead]:
+    """A transition that takes no body."""
+    return post(version_path(tenant, model, version, verb), admin.KeyVersionRead, if_match=if_match)
+
+
+def on_version(
+    tenant: str,
+    model: str,
+    version: int,
+    verb: str,
+    answer: type[T],
+    body: BaseModel | None = None,
+    *,
+    repeatable: bool = False,
+) -> Call[T]:
+    """A call on one key version that takes no Idempotency-Key."""
+    return post_plain(version_path(tenant, model, version, verb), answer, body, repeatable=repeatable)
+
+
+def versions(state: State | None, page: str | None) -> Call[admin.Page[admin.KeyVersionRead]]:
+    """One page of the key versions of all tenants."""
+    return get("/v1/versions", admin.Page[admin.KeyVersionRead], page=page, state=state)

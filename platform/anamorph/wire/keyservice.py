@@ -1,0 +1,314 @@
+"""Clients of the key service, sync and async: one method per route of its API.
+
+    keys = KeyService("http://127.0.0.1:8400", api_key)
+    operation = keys.rotate("acme", "chat")
+
+Methods answer the messages of ``wire.admin`` and raise the subclass of
+``errors.ServiceError`` that belongs to the answer's status. Lists come in pages:
+``everything(keys.all_versions)`` runs through them all. A request is sent again,
+after a connection error or a status of ``problems.RETRYABLE``, only where that
+does no harm: reads, calls idempotent by nature, and changes under an
+Idempotency-Key, which every method makes up for itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from anamorph.wire import calls
+from anamorph.wire.admin import (
+    Activation,
+    ApiKeyCreate,
+    ApiKeyRead,
+    ApiKeySecret,
+    AuditRead,
+    Failure,
+    GrantRead,
+    InferenceTokenRead,
+    JwkSet,
+    KeyVersionRead,
+    Materialized,
+    ModelCreate,
+    ModelRead,
+    OperationRead,
+    Page,
+    Progress,
+    ReleaseRead,
+    ReleaseRequest,
+    RotationPolicy,
+    RotationPolicyPatch,
+    TenantCreate,
+    TenantRead,
+    UsageReport,
+)
+from anamorph.wire.calls import Call, model_path, tenant_path, version_path
+from anamorph.wire.keyservice_async import AsyncKeyService, aeverything
+from anamorph.wire.states import State
+
+__all__ = ["AsyncKeyService", "KeyService", "aeverything", "everything"]
+
+T = TypeVar("T", bound=BaseModel)
+Item = TypeVar("Item")
+
+
+def everything(fetch: Callable[..., Page[Item]], *args: str) -> Iterator[Item]:
+    """Every item of a list, page by page: ``everything(keys.list_versions, "acme", "chat")``."""
+    page: str | None = None
+    while True:
+        answer = fetch(*args, page=page)
+        yield from answer.items
+        page = answer.next_page
+        if page is None:
+            return
+
+
+class KeyService:
+    """The key service as seen with one credential.
+
+    Args:
+        url: base URL.
+        token: API key or grant; ``None`` for the calls that need none.
+        transport: what carries the requests; the network by default.
+        sleep: how to wait between attempts.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        timeout: httpx.Timeout = calls.TIMEOUT,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._http = httpx.Client(**calls.client_options(url, token), transport=transport, timeout=timeout)
+        self._sleep = sleep
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, call: Call[T]) -> T:
+        attempt = 0
+        while True:
+            response, failure = None, None
+            try:
+                response = self._http.send(call.request(self._http))
+            except httpx.TransportError as error:
+                failure = error
+            pause = call.pause(attempt, response)
+            if pause is None:
+                return call.finish(response, failure)
+            self._sleep(pause)
+            attempt += 1
+
+    def create_tenant(self, tenant: TenantCreate) -> TenantRead:
+        """Create a tenant."""
+        return self._send(calls.post("/v1/tenants", TenantRead, tenant))
+
+    def list_tenants(self, *, page: str | None = None) -> Page[TenantRead]:
+        """One page of all tenants."""
+        return self._send(calls.get("/v1/tenants", Page[TenantRead], page=page))
+
+    def get_tenant(self, tenant: str) -> TenantRead:
+        """One tenant."""
+        return self._send(calls.get(tenant_path(tenant), TenantRead))
+
+    def create_api_key(self, tenant: str, key: ApiKeyCreate) -> ApiKeySecret:
+        """Create an API key; this answer is the only one that shows it."""
+        return self._send(calls.post_plain(f"{tenant_path(tenant)}/api-keys", ApiKeySecret, key))
+
+    def list_api_keys(self, tenant: str, *, page: str | None = None) -> Page[ApiKeyRead]:
+        """One page of a tenant's API keys, without the keys themselves."""
+        return self._send(calls.get(f"{tenant_path(tenant)}/api-keys", Page[ApiKeyRead], page=page))
+
+    def revoke_api_key(self, tenant: str, key_id: str) -> ApiKeyRead:
+        """Revoke an API key; revoking it again changes nothing."""
+        return self._send(
+            Call("DELETE", f"{tenant_path(tenant)}/api-keys/{key_id}", ApiKeyRead, repeatable=True)
+        )
+
+    def create_model(self, tenant: str, model: ModelCreate) -> ModelRead:
+        """Register a model."""
+        return self._send(calls.post(f"{tenant_path(tenant)}/models", ModelRead, model))
+
+    def list_models(self, tenant: str, *, page: str | None = None) -> Page[ModelRead]:
+        """One page of a tenant's models."""
+        return self._send(calls.get(f"{tenant_path(tenant)}/models", Page[ModelRead], page=page))
+
+    def get_model(self, tenant: str, model: str) -> ModelRead:
+        """One model."""
+        return self._send(calls.get(model_path(tenant, model), ModelRead))
+
+    def get_policy(self, tenant: str, model: str) -> RotationPolicy:
+        """A model's rotation policy."""
+        return self._send(calls.get(f"{model_path(tenant, model)}/rotation-policy", RotationPolicy))
+
+    def update_policy(self, tenant: str, model: str, patch: RotationPolicyPatch) -> RotationPolicy:
+        """Change the fields of the policy that ``patch`` sets; answers the whole policy."""
+        return self._send(
+            Call(
+                "PATCH",
+                f"{model_path(tenant, model)}/rotation-policy",
+                RotationPolicy,
+                patch,
+                repeatable=True,
+            )
+        )
+
+    def rotate(self, tenant: str, model: str, *, idempotency_key: str | None = None) -> OperationRead:
+        """Begin a rotation: a new version in PENDING. Conflict while another one is in flight."""
+        return self._send(
+            calls.post(f"{model_path(tenant, model)}/keys:rotate", OperationRead, key=idempotency_key)
+        )
+
+    def list_versions(self, tenant: str, model: str, *, page: str | None = None) -> Page[KeyVersionRead]:
+        """One page of a model's key versions, oldest first."""
+        return self._send(calls.get(f"{model_path(tenant, model)}/keys", Page[KeyVersionRead], page=page))
+
+    def get_version(self, tenant: str, model: str, version: int) -> KeyVersionRead:
+        """One key version."""
+        return self._send(calls.get(version_path(tenant, model, version), KeyVersionRead))
+
+    def suspend(
+        self, tenant: str, model: str, version: int, *, if_match: int | None = None
+    ) -> KeyVersionRead:
+        """ACTIVE or DRAINING to SUSPENDED."""
+        return self._send(calls.transition(tenant, model, version, "suspend", if_match))
+
+    def resume(self, tenant: str, model: str, version: int, *, if_match: int | None = None) -> KeyVersionRead:
+        """SUSPENDED back to the state before. Conflict when another version is ACTIVE by then."""
+        return self._send(calls.transition(tenant, model, version, "resume", if_match))
+
+    def revoke(self, tenant: str, model: str, version: int, *, if_match: int | None = None) -> KeyVersionRead:
+        """Anything living to COMPROMISED."""
+        return self._send(calls.transition(tenant, model, version, "revoke", if_match))
+
+    def destroy(
+        self, tenant: str, model: str, version: int, *, if_match: int | None = None
+    ) -> KeyVersionRead:
+        """RETIRED, FAILED or COMPROMISED to DESTROY_SCHEDULED."""
+        return self._send(calls.transition(tenant, model, version, "destroy", if_match))
+
+    def restore(
+        self, tenant: str, model: str, version: int, *, if_match: int | None = None
+    ) -> KeyVersionRead:
+        """DESTROY_SCHEDULED back to RETIRED; never what was compromised."""
+        return self._send(calls.transition(tenant, model, version, "restore", if_match))
+
+    def retire(self, tenant: str, model: str, version: int, *, if_match: int | None = None) -> KeyVersionRead:
+        """DRAINING to RETIRED. Conflict before ``drain_until``."""
+        return self._send(calls.transition(tenant, model, version, "retire", if_match))
+
+    def destroyed(
+        self, tenant: str, model: str, version: int, *, if_match: int | None = None
+    ) -> KeyVersionRead:
+        """DESTROY_SCHEDULED to DESTROYED; erases the root's ciphertext. Conflict before ``destroy_at``."""
+        return self._send(calls.transition(tenant, model, version, "destroyed", if_match))
+
+    def materialize(self, tenant: str, model: str, version: int) -> GrantRead:
+        """Issue the materialisation grant; an older grant of this version is void from then on."""
+        return self._send(calls.on_version(tenant, model, version, "materialize", GrantRead, repeatable=True))
+
+    def release(
+        self, tenant: str, model: str, version: int, purpose: Literal["client", "materialize"]
+    ) -> ReleaseRead:
+        """Key material: the vocab subkey for ``client``, the root, once, for ``materialize``."""
+        return self._send(
+            calls.on_version(
+                tenant,
+                model,
+                version,
+                "release",
+                ReleaseRead,
+                ReleaseRequest(purpose=purpose),
+                repeatable=purpose == "client",
+            )
+        )
+
+    def progress(self, tenant: str, model: str, version: int, progress: Progress) -> OperationRead:
+        """Report how far the materialisation is; with the grant."""
+        return self._send(
+            calls.on_version(tenant, model, version, "progress", OperationRead, progress, repeatable=True)
+        )
+
+    def stage(self, tenant: str, model: str, version: int, materialized: Materialized) -> KeyVersionRead:
+        """MATERIALIZING to STAGED; with the grant. The same report again changes nothing."""
+        return self._send(
+            calls.on_version(tenant, model, version, "stage", KeyVersionRead, materialized, repeatable=True)
+        )
+
+    def fail(self, tenant: str, model: str, version: int, failure: Failure) -> KeyVersionRead:
+        """PENDING, MATERIALIZING or STAGED to FAILED; with the grant, or as platform."""
+        return self._send(
+            calls.on_version(tenant, model, version, "fail", KeyVersionRead, failure, repeatable=True)
+        )
+
+    def activate(
+        self, tenant: str, model: str, version: int, activation: Activation, *, if_match: int | None = None
+    ) -> KeyVersionRead:
+        """STAGED to ACTIVE, and the previous ACTIVE version to DRAINING with it."""
+        return self._send(
+            calls.post(
+                version_path(tenant, model, version, "activate"),
+                KeyVersionRead,
+                activation,
+                if_match=if_match,
+            )
+        )
+
+    def report_usage(self, tenant: str, model: str, version: int, report: UsageReport) -> KeyVersionRead:
+        """Report served tokens; per source the highest count stands."""
+        return self._send(
+            calls.on_version(tenant, model, version, "usage", KeyVersionRead, report, repeatable=True)
+        )
+
+    def list_operations(self, tenant: str, *, page: str | None = None) -> Page[OperationRead]:
+        """One page of a tenant's operations, oldest first."""
+        return self._send(calls.get(f"{tenant_path(tenant)}/operations", Page[OperationRead], page=page))
+
+    def get_operation(self, tenant: str, operation: str) -> OperationRead:
+        """One operation."""
+        return self._send(calls.get(f"{tenant_path(tenant)}/operations/{operation}", OperationRead))
+
+    def cancel_operation(self, tenant: str, operation: str) -> OperationRead:
+        """Cancel a rotation that is not active yet: its version becomes FAILED."""
+        return self._send(calls.post(f"{tenant_path(tenant)}/operations/{operation}:cancel", OperationRead))
+
+    def inference_token(self, tenant: str, model: str) -> InferenceTokenRead:
+        """A short-lived token for the inference endpoint, worthless to the key service."""
+        return self._send(
+            calls.post_plain(
+                f"{model_path(tenant, model)}/inference-tokens", InferenceTokenRead, repeatable=True
+            )
+        )
+
+    def inference_keys(self) -> JwkSet:
+        """Public keys that inference tokens are verified with; needs no credential."""
+        return self._send(calls.get("/v1/inference-keys", JwkSet))
+
+    def audit(self, tenant: str, *, page: str | None = None) -> Page[AuditRead]:
+        """One page of the tenant's audit log, oldest first."""
+        return self._send(calls.get(f"{tenant_path(tenant)}/audit", Page[AuditRead], page=page))
+
+    def all_versions(self, *, state: State | None = None, page: str | None = None) -> Page[KeyVersionRead]:
+        """One page of the key versions of all tenants."""
+        return self._send(calls.versions(state, page))
+
+    def all_models(self, *, page: str | None = None) -> Page[ModelRead]:
+        """One page of the models of all tenants."""
+        return self._send(calls.get("/v1/models", Page[ModelRead], page=page))
