@@ -11,6 +11,7 @@
     │   ├── MissingTensor
     │   └── WrongShape
     ├── CheckpointError        a checkpoint that cannot be read or written
+    │   └── BaseRefused        a base checkpoint outside the allow-list
     ├── ReplicaError
     │   ├── ReplicaRefused     unsigned, altered, foreign or incomplete: one error for all
     │   └── ReplicaExists
@@ -75,6 +76,10 @@ class WrongShape(UnsupportedModel):
 
 class CheckpointError(AnamorphError):
     """A checkpoint folder cannot be read or written."""
+
+
+class BaseRefused(CheckpointError):
+    """A base checkpoint lies outside the folders that the operator allows."""
 
 
 class ReplicaError(AnamorphError):

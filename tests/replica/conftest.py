@@ -37,7 +37,7 @@ def identity_of(key: TenantKey, **changes: object) -> Identity:
         "vocab_kcv": key.vocab_kcv,
         "profile": "rotate",
         "table": "llama/1",
-        "base_tag": keyed_tag(key.subkey("base"), b"base"),
+        "base_tag": keyed_tag(key.subkey("plan"), b"base"),
         "plan_tag": keyed_tag(key.subkey("plan"), b"plan"),
         "added": ("lm_head.weight",),
     }

@@ -104,7 +104,7 @@ def test_the_kcv_is_the_one_in_the_key_id(identity: Identity) -> None:
 
 def test_tags_tell_nothing_without_the_key(key: TenantKey, other_key: TenantKey) -> None:
     """Two keys tag one base differently, so a tag neither names the base nor links two tenants."""
-    tags = {keyed_tag(owner.subkey("base"), b"base digest") for owner in (key, other_key)}
+    tags = {keyed_tag(owner.subkey("plan"), b"base digest") for owner in (key, other_key)}
     assert len(tags) == 2
 
 

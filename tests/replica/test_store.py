@@ -21,7 +21,8 @@ NAME = "acme/tiny/v1"
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     root = tmp_path / "store"
     unique = uuid.uuid4().hex
-    return Store({"folder": root, "file": f"file://{root}", "memory": f"memory://{unique}/"}[request.param])
+    urls = {"folder": str(root), "file": f"file://{root}", "memory": f"memory://{unique}/"}
+    return Store(urls[request.param])
 
 
 def test_what_is_published_verifies_where_it_lies(store: Store, replica: Path, key: TenantKey) -> None:

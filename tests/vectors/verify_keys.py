@@ -247,14 +247,14 @@ def close(value: Any, wanted: Any, tolerance: float) -> bool:
     if isinstance(wanted, list):
         pairs = zip(value, wanted, strict=True)
         return len(value) == len(wanted) and all(close(a, b, tolerance) for a, b in pairs)
-    return abs(value - wanted) <= tolerance
+    return bool(abs(value - wanted) <= tolerance)
 
 
 def step_holds(draws: Draws, step: dict[str, Any], tolerance: float) -> bool:
     value = getattr(draws, step["draw"])(step["n"])
     if "sha256" in step:
         packed = struct.pack(f"<{step['n']}I", *value)
-        return hashlib.sha256(packed).hexdigest() == step["sha256"]
+        return hashlib.sha256(packed).hexdigest() == str(step["sha256"])
     wanted = [int(word) for word in step["value"]] if step["draw"] == "words" else step["value"]
     return close(value, wanted, tolerance if step["draw"] in {"normals", "orthogonal"} else 0)
 

@@ -49,11 +49,12 @@ def _draw_ratios(report: OverheadReport, axis: Axes) -> None:
     axis.errorbar([ratio.median for ratio in found], places, xerr=errors, fmt="o", color="#2c7fb8", capsize=4)
     axis.set_yticks(places, [TITLES[measure].split(" (")[0] for measure in MEASURES])
     axis.invert_yaxis()
-    axis.set_title(f"encrypted / plaintext, 95 % interval, {len(report.encrypted)} pairs")
+    axis.margins(x=0.1, y=0.15)
+    axis.set_title("encrypted / plaintext (95 % interval)")
 
 
 def terminal_plot(report: OverheadReport, *, width: int = 72) -> str:
-    """Bars of the median TTFT and TPOT of both sides, as text.
+    """Bars of the median TTFT and TPOT of both sides, as plain text of ``width`` columns.
 
     Raises:
         SetupError: plotext is not installed.
@@ -62,10 +63,14 @@ def terminal_plot(report: OverheadReport, *, width: int = 72) -> str:
         import plotext
     except ImportError as error:
         raise SetupError("the plot needs plotext: pip install 'anamorph[demo]'") from error
-    shown = ("ttft", "tpot")
-    medians = [[median(getattr(report, side), measure) for measure in shown] for side, _ in _SIDES]
-    plotext.clear_figure()
-    plotext.simple_multiple_bar(
-        [TITLES[measure] for measure in shown], medians, width=width, labels=[side for side, _ in _SIDES]
-    )
-    return str(plotext.uncolorize(plotext.build()))
+    bars = [(measure, side) for measure in ("ttft", "tpot") for side, _ in _SIDES]
+    names = [f"{TITLES[measure]} {side}" for measure, side in bars]
+    heights = [median(getattr(report, side), measure) for measure, side in bars]
+    figure = plotext.figure
+    figure.clear()
+    # Bars grow upwards from the axis: reversed, the first one stands on top.
+    drawn = figure.bar(names[::-1], heights[::-1], orientation="h", width=0.6, marker=["█", "░"])
+    figure.draw(drawn)
+    figure.title(f"{report.model}: medians of {len(report.encrypted)} pairs")
+    figure.plot_size(width, 3 * len(bars))
+    return str(figure.build().string(colorless=True)).rstrip("\n")

@@ -90,7 +90,8 @@ def _convert(gguf: Path, staged: Path) -> None:
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # A model loaded from GGUF refuses to be saved; its weights in a fresh one do not.
-    plain: Any = LlamaForCausalLM(LlamaConfig(**_clean(loaded.config.to_dict()))).to(torch.bfloat16)
+    plain: Any = LlamaForCausalLM(LlamaConfig(**_clean(loaded.config.to_dict())))
+    plain = plain.to(torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(staged)

@@ -73,17 +73,22 @@ def read(path: Path) -> StoredKey:
     """
     # Non-blocking: a FIFO put in a key's place must be refused, not waited for.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidKey(f"{path} is not a regular file")
-        if status.st_mode & 0o077:
-            raise InvalidKey(f"{path} is open to others than its owner; run: chmod 600 {path}")
-        content = file.read(MAX_BYTES + 1)
+    try:
+        _check_status(os.fstat(descriptor), path)
+        content = os.read(descriptor, MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
     try:
         return decode(content)
     except (InvalidKey, InvalidId) as error:
         raise InvalidKey(f"{path}: {error}") from None
+
+
+def _check_status(status: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidKey(f"{path} is not a regular file")
+    if status.st_mode & 0o077:
+        raise InvalidKey(f"{path} is open to others than its owner; run: chmod 600 {path}")
 
 
 def decode(content: bytes) -> StoredKey:

@@ -153,7 +153,10 @@ class TenantKey(_Secret):
         """
         stored = keyfile.read(Path(path))
         identity = stored.key_id
-        key = cls(stored.root, identity.tenant, identity.model, identity.version)
+        try:
+            key = cls(stored.root, identity.tenant, identity.model, identity.version)
+        except InvalidId as error:
+            raise InvalidKey(f"{path}: {error}") from None
         if not hmac.compare_digest(key.kcv, identity.kcv):
             raise InvalidKey(
                 f"{path}: the root does not belong to the key id in this file; restore a good copy"

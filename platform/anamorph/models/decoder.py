@@ -56,7 +56,7 @@ MLP = "model.layers.{l}.mlp"
 
 EMBEDDING = Tensor("model.embed_tokens.weight", (VOCAB, RESIDUAL))
 HEAD = linear("lm_head", VOCAB, RESIDUAL, when="!tie_word_embeddings")
-TIE = Tie("tie_word_embeddings", tensor="lm_head.weight", source="model.embed_tokens.weight")
+TIE = Tie("tie_word_embeddings", tensor=HEAD, source="model.embed_tokens.weight")
 
 WEIGHTS = (
     Tensor("model.layers.{l}.input_layernorm.weight", (RESIDUAL,)),

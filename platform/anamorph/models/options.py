@@ -95,67 +95,60 @@ PARTIAL_ROTARY = Rule("keep", _partial_complaint)
 # An elementwise function on the gate commutes with every permutation of neurons.
 ACTIVATION = only("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
-TOKEN_IDS: dict[str, Rule] = {
-    name: MOVE
-    for name in (
-        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id"),
-        *("mask_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
-        *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"),
-    )
-}
+
+def _rules(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+TOKEN_IDS = _rules(
+    MOVE,
+    """bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
+    bad_words_ids force_words_ids sequence_bias""",
+)
 
 # Generation settings are numbers and switches that say nothing about token ids …
 GENERATION: dict[str, Rule] = {
     **TOKEN_IDS,
-    "sequence_bias": MOVE,
-    **{
-        name: KEEP
-        for name in (
-            *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "max_time"),
-            *("do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "use_cache"),
-            *("cache_implementation", "max_cache_len", "temperature", "top_k", "top_p", "min_p", "top_h"),
-            *("typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty"),
-            *("encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
-            *("renormalize_logits", "remove_invalid_values", "exponential_decay_length_penalty"),
-            *("guidance_scale", "diversity_penalty", "penalty_alpha", "low_memory", "dola_layers"),
-            *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
-            *("return_dict_in_generate", "prefill_chunk_size", "disable_compile", "prompt_lookup_num_tokens"),
-            *("max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule"),
-            *("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind"),
-            *("target_lookbehind", "assistant_ensemble_weight", "speculation_type", "use_mtp", "is_assistant"),
-            *("transformers_version", "_from_model_config"),
-        )
-    },
-    # … but for these, which work on text, on the numeric order of ids, or on objects we do not know.
-    **{
-        name: UNSET
-        for name in (
-            *("stop_strings", "token_healing", "watermarking_config", "constraints", "forced_decoder_ids"),
-            *("compile_config", "cache_config", "continuous_batching_config"),
-        )
-    },
+    **_rules(
+        KEEP,
+        """max_length max_new_tokens min_length min_new_tokens early_stopping max_time do_sample num_beams
+        num_beam_groups num_return_sequences use_cache cache_implementation max_cache_len temperature top_k
+        top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty length_penalty
+        encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size renormalize_logits
+        remove_invalid_values exponential_decay_length_penalty guidance_scale diversity_penalty low_memory
+        output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
+        prefill_chunk_size disable_compile prompt_lookup_num_tokens max_matching_ngram_size is_assistant
+        num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+        assistant_lookbehind target_lookbehind assistant_ensemble_weight transformers_version
+        _from_model_config""",
+    ),
+    # … but for these: they read text, the order of ids, hidden states before the head, or unknown objects.
+    **_rules(
+        UNSET,
+        """stop_strings token_healing watermarking_config constraints forced_decoder_ids dola_layers
+        penalty_alpha assistant_early_exit use_mtp speculation_type compile_config cache_config
+        continuous_batching_config""",
+    ),
 }
 
 # What any configuration may hold whatever its family.
 COMMON: dict[str, Rule] = {
     **GENERATION,
-    **{
-        name: KEEP
-        for name in (
-            *("dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range"),
-            *("max_position_embeddings", "return_dict", "chunk_size_feed_forward", "problem_type"),
-        )
-    },
+    **_rules(
+        KEEP,
+        """architectures model_type dtype torch_dtype transformers_version use_cache initializer_range
+        max_position_embeddings
+        return_dict chunk_size_feed_forward""",
+    ),
     # Whatever names the base, runs code, or belongs to another runtime.
-    **{
-        name: DROP
-        for name in (
-            *("_name_or_path", "_model_name_or_path", "name_or_path", "_commit_hash", "auto_map"),
-            *("custom_pipelines", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
-            *("tokenizer_class", "transformers.js_config", "task_specific_params", "finetuning_task"),
-            *("id2label", "label2id", "tf_legacy_loss", "use_bfloat16", "torchscript", "pruned_heads"),
-        )
-    },
+    **_rules(
+        DROP,
+        """_name_or_path _model_name_or_path name_or_path _commit_hash auto_map custom_pipelines
+        _attn_implementation _attn_implementation_autoset attn_implementation tokenizer_class
+        transformers.js_config task_specific_params finetuning_task problem_type id2label label2id
+        torchscript tf_legacy_loss use_bfloat16 pruned_heads""",
+    ),
     "tie_word_embeddings": FLAG,
     "is_decoder": only(True, False, fate="drop"),
     "is_encoder_decoder": only(False),

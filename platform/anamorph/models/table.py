@@ -30,6 +30,9 @@ class View:
     def __invert__(self) -> View:
         return View(self.space, self.name, not self.dual)
 
+    def __str__(self) -> str:
+        return "~" * self.dual + self.space + f"/{self.name}" * bool(self.name)
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -46,6 +49,9 @@ class Axis:
 
     def __add__(self, other: Axis) -> Axis:
         return Axis(self.parts + other.parts)
+
+    def __str__(self) -> str:
+        return " + ".join(" then ".join(map(str, part)) for part in self.parts)
 
 
 def axis(*views: View) -> Axis:
@@ -98,13 +104,13 @@ class Norm:
 
 @dataclass(frozen=True)
 class Tie:
-    """``tensor`` is ``source`` when the configuration sets ``flag``.
+    """``tensor`` is not stored when the configuration sets ``flag``: it is the one called ``source``.
 
     A profile that folds the last norm into the head has to untie the two.
     """
 
     flag: str
-    tensor: str
+    tensor: Tensor
     source: str
 
 
@@ -118,7 +124,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Size:
-    """A size read from ``key``; where that is null, or absent and ``optional``, ``default`` says what it is."""
+    """A size read from ``key``, or from ``default`` where that is null, or absent and ``optional``."""
 
     key: str | None
     default: str | Ratio | None = None

@@ -1,13 +1,14 @@
-"""Where replicas may lie: a folder, or a prefix of an object store, named by path or URL."""
+"""Where replicas and their bases may lie: folders and prefixes of object stores, by path or URL."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from anamorph.errors import SetupError
+from anamorph.errors import BaseRefused, SetupError
 
 OBJECT_STORES = frozenset({"s3", "gs", "memory"})
 """URL schemes beside ``file``. Others, and fsspec's chains such as ``zip::``, are refused."""
@@ -48,3 +49,24 @@ def remote_path(url: str) -> tuple[Any, str]:
         scheme = urlsplit(url).scheme
         raise SetupError(f"{scheme}:// needs an extra package: pip install 'anamorph[{scheme}]'") from error
     return filesystem, str(path)
+
+
+def allowed_base(base: str, prefixes: Iterable[str]) -> Path:
+    """The folder of a base checkpoint, links resolved, if it lies under an allowed prefix.
+
+    Links of the folder and of the files in it are followed first: a checkpoint cannot
+    point out of what the operator allows. No prefix at all allows nothing.
+
+    Raises:
+        BaseRefused: outside every prefix, or no folder on this machine.
+    """
+    roots = [Path(prefix).resolve() for prefix in prefixes]
+    path = local_path(base)
+    if path is None or not path.is_dir():
+        raise BaseRefused("the base is no folder on this machine: copy it to one that --allow-base covers")
+    if ".." in Path(base).parts:
+        raise BaseRefused("the base's path must not hold '..': write it out")
+    for place in (path, *path.iterdir()):
+        if not any(place.resolve().is_relative_to(root) for root in roots):
+            raise BaseRefused("the base, or a link in it, lies outside the folders that --allow-base covers")
+    return path.resolve()

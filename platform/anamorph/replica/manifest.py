@@ -148,7 +148,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def keyed_tag(subkey: bytes, message: bytes) -> str:
-    """HMAC-SHA256 in hex: a base tag is under ``subkey("base")``, a plan tag under ``subkey("plan")``."""
+    """HMAC-SHA256 in hexadecimal: what tags of base and plan are, under ``subkey("plan")``."""
     return hmac.digest(subkey, message, "sha256").hex()
 
 

@@ -22,8 +22,6 @@ from anamorph import errors
 from anamorph.wire import problems
 from anamorph.wire.inference import KEY_ID_HEADER, Completion
 
-# Statuses of proxies in between that mean the same as 503: not able to answer now.
-_UNAVAILABLE = frozenset({408, 502, 504})
 _DONE = "[DONE]"
 
 
@@ -159,8 +157,10 @@ class _Call:
         """Raise for an error answer, and for an answer under another key."""
         status = response.status_code
         if status >= 400:
-            status = 503 if status in _UNAVAILABLE else status
-            problems.raise_for(status, _json(response), response.headers.get("Retry-After"))
+            body = _json(response)
+            if not isinstance(body, dict) and (status >= 500 or status == 408):
+                status = 503  # from a proxy in between: the engine itself answers in OpenAI's shape
+            problems.raise_for(status, body, response.headers.get("Retry-After"))
         if response.headers.get(KEY_ID_HEADER) != self._key_id:
             raise errors.KeyMismatch("the answer carries another key id than the request: it is discarded")
 

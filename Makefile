@@ -1,0 +1,61 @@
+# Each target sets up what it needs; the first run downloads packages, later ones do not.
+# PYTHON=… chooses the interpreter, ARGS=… is passed on (make test ARGS="-k rotation").
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV := uv==0.13.9
+# By name, so that a resolver does not go looking for another build of it.
+TORCH := torch==2.13.0
+ARGS ?=
+
+# The newest of these that runs; a shim that only prints an error is passed over.
+NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	"$$name" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { command -v "$$name"; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit lint format bench docs clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY)  ## make the virtual environment
+
+$(READY): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c '$(NEW_ENOUGH)' || { \
+	  echo "Python 3.11 or newer, with venv, is needed; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(UV) $(TORCH)
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## the whole product on this machine, with a real model
+	$(BIN)/anamorph demo $(ARGS)
+
+test: $(READY)  ## every test
+	$(BIN)/pytest $(ARGS)
+
+test-unit: $(READY)  ## the quick tests
+	$(BIN)/pytest -m "not slow and not real" $(ARGS)
+
+lint: $(READY)  ## ruff, mypy, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## rewrite sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## the benchmarks, one after the other
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+docs: $(READY)  ## the documentation as a site, in build/docs; fails on a dead link
+	$(BIN)/uv tool run --python $(BIN)/python --with-requirements docs/requirements.txt \
+	  --from mkdocs mkdocs build --strict --clean --site-dir build/docs
+
+clean:  ## remove everything that the other targets made
+	rm -rf $(VENV) build dist reports .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

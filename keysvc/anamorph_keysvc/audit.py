@@ -1,0 +1,55 @@
+"""Writing and reading the tenants' hash chains; what a chain is stands in ``anamorph.wire.audit``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlmodel import Session, col, select
+
+from anamorph.wire import audit as chain
+from anamorph.wire.admin import AuditRead
+from anamorph_keysvc.tables import Audit
+
+
+def append(
+    session: Session,
+    *,
+    tenant: str,
+    at: datetime,
+    actor: str,
+    action: str,
+    subject: str,
+    detail: chain.Detail,
+) -> None:
+    """Add one row to a tenant's chain, in the transaction of what it records.
+
+    The primary key (tenant, sequence) makes the second of two writers at the same
+    head fail, whatever the database's isolation.
+    """
+    row = chain.next_row(
+        head(session, tenant),
+        tenant=tenant,
+        at=at,
+        actor=actor,
+        action=action,
+        subject=subject,
+        detail=detail,
+    )
+    session.add(Audit(**row.model_dump()))
+    session.flush()
+
+
+def head(session: Session, tenant: str) -> chain.Checkpoint:
+    """The end of a tenant's chain."""
+    last = session.exec(
+        select(Audit.sequence, Audit.digest)
+        .where(Audit.tenant == tenant)
+        .order_by(col(Audit.sequence).desc())
+        .limit(1)
+    ).first()
+    return chain.START if last is None else chain.Checkpoint(*last)
+
+
+def read(row: Audit) -> AuditRead:
+    """The row as it goes over the wire, and as its digest covers it."""
+    return AuditRead.model_validate(row, from_attributes=True)

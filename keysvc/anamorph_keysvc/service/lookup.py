@@ -1,0 +1,95 @@
+"""Finding rows, and turning them into the messages that callers read."""
+
+from __future__ import annotations
+
+from sqlmodel import Session, col, select
+
+from anamorph.wire.admin import (
+    ApiKeyRead,
+    KeyVersionRead,
+    Materialized,
+    ModelRead,
+    OperationRead,
+    RotationPolicy,
+    TenantRead,
+)
+from anamorph.wire.states import State
+from anamorph_keysvc.service.work import found
+from anamorph_keysvc.tables import ApiKey, KeyVersion, Model, Operation, Tenant
+
+
+def tenant(session: Session, tenant: str) -> Tenant:
+    """A tenant, or NotFound."""
+    return found(session.get(Tenant, tenant), "tenant")
+
+
+def model(session: Session, tenant: str, model: str) -> Model:
+    """A model, or NotFound; locked until the transaction ends where the database can."""
+    return found(session.get(Model, (tenant, model), with_for_update=True), "model")
+
+
+def version(session: Session, tenant: str, model: str, version: int) -> KeyVersion:
+    """A key version, or NotFound; locked until the transaction ends where the database can."""
+    return found(session.get(KeyVersion, (tenant, model, version), with_for_update=True), "key version")
+
+
+def operation(session: Session, tenant: str, id_: str) -> Operation:
+    """An operation of this tenant, or NotFound."""
+    row = session.get(Operation, id_)
+    return found(row if row is not None and row.tenant == tenant else None, "operation")
+
+
+def operation_of(session: Session, version: KeyVersion) -> Operation:
+    """The rotation that made a version."""
+    return session.exec(
+        select(Operation).where(
+            Operation.tenant == version.tenant,
+            Operation.model == version.model,
+            Operation.version == version.version,
+        )
+    ).one()
+
+
+def in_states(session: Session, model: Model, *states: State) -> KeyVersion | None:
+    """The one version of a model in any of ``states``, of which the database admits one."""
+    return session.exec(
+        select(KeyVersion).where(
+            KeyVersion.tenant == model.tenant,
+            KeyVersion.model == model.id,
+            col(KeyVersion.state).in_(states),
+        )
+    ).one_or_none()
+
+
+def tenant_read(row: Tenant) -> TenantRead:
+    """Message of a tenant."""
+    return TenantRead.model_validate(row, from_attributes=True)
+
+
+def model_read(row: Model) -> ModelRead:
+    """Message of a model."""
+    return ModelRead.model_validate(row.model_dump(exclude={"last_version"}))
+
+
+def policy_of(row: Model) -> RotationPolicy:
+    """A model's rotation policy."""
+    return RotationPolicy.model_validate(row.policy)
+
+
+def version_read(row: KeyVersion) -> KeyVersionRead:
+    """Message of a key version. A deadline shows only while it is one."""
+    fields = row.model_dump(exclude={"ciphertext", "previous_state", "artifact"})
+    if row.state not in {State.DESTROY_SCHEDULED, State.DESTROYED}:
+        fields["destroy_at"] = None
+    artifact = None if row.artifact is None else Materialized.model_validate(row.artifact)
+    return KeyVersionRead(**fields, artifact=artifact)
+
+
+def operation_read(row: Operation) -> OperationRead:
+    """Message of an operation."""
+    return OperationRead(kind="rotate", **row.model_dump())
+
+
+def api_key_read(row: ApiKey) -> ApiKeyRead:
+    """Message of an API key, without the key."""
+    return ApiKeyRead(**row.model_dump(exclude={"hash"}))

@@ -1,0 +1,109 @@
+"""Tenants, models, rotation policies and API keys."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from anamorph import errors
+from anamorph.wire.admin import (
+    ApiKeyCreate,
+    ApiKeyRead,
+    ApiKeySecret,
+    ModelCreate,
+    ModelRead,
+    Role,
+    RotationPolicy,
+    RotationPolicyPatch,
+    TenantCreate,
+    TenantRead,
+)
+from anamorph_keysvc import credentials
+from anamorph_keysvc.service import lookup
+from anamorph_keysvc.service.work import Work, found
+from anamorph_keysvc.tables import ApiKey, Model, Tenant
+
+
+def create_tenant(work: Work, body: TenantCreate) -> TenantRead:
+    """Create a tenant.
+
+    Raises:
+        Conflict: it exists.
+    """
+    if work.session.get(Tenant, body.id) is not None:
+        raise errors.Conflict(f"tenant '{body.id}' exists", code="exists")
+    row = Tenant(**body.model_dump(), created_at=work.now)
+    work.session.add(row)
+    work.session.flush()
+    work.record(row.id, "tenant.create", row.id)
+    return lookup.tenant_read(row)
+
+
+def create_model(work: Work, tenant: str, body: ModelCreate) -> ModelRead:
+    """Register a model.
+
+    Raises:
+        Conflict: it exists.
+    """
+    lookup.tenant(work.session, tenant)
+    if work.session.get(Model, (tenant, body.id)) is not None:
+        raise errors.Conflict(f"model '{body.id}' exists", code="exists")
+    row = Model(tenant=tenant, **body.model_dump(), created_at=work.now)
+    work.session.add(row)
+    work.session.flush()
+    work.record(tenant, "model.create", row.id, base=row.base, profile=row.profile)
+    return lookup.model_read(row)
+
+
+def update_policy(work: Work, tenant: str, model: str, patch: RotationPolicyPatch) -> RotationPolicy:
+    """Change some fields of a model's rotation policy; those already running keep their deadlines.
+
+    Raises:
+        Unprocessable: the policy as a whole would not hold, for example a grace too short.
+    """
+    row = lookup.model(work.session, tenant, model)
+    changes = patch.model_dump(exclude_unset=True)
+    try:
+        policy = RotationPolicy.model_validate(row.policy | changes)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise errors.Unprocessable(first["msg"], code="invalid_policy", param=field or None) from None
+    row.policy = policy.model_dump()
+    work.session.add(row)
+    work.record(tenant, "policy.update", model, **changes)
+    return policy
+
+
+def create_api_key(work: Work, tenant: str, body: ApiKeyCreate) -> ApiKeySecret:
+    """Create an API key; its secret is in this answer and nowhere else.
+
+    Raises:
+        Unprocessable: a platform key, which belongs to no tenant.
+    """
+    if body.role is Role.PLATFORM:
+        raise errors.Unprocessable(
+            "a tenant's key cannot be a platform key", code="invalid_role", param="role"
+        )
+    lookup.tenant(work.session, tenant)
+    secret = credentials.mint(credentials.API_KEY, work.entropy)
+    row = ApiKey(
+        id=work.fresh_id("key"),
+        tenant=tenant,
+        **body.model_dump(),
+        hash=credentials.hashed(secret),
+        created_at=work.now,
+    )
+    work.session.add(row)
+    work.record(tenant, "api-key.create", row.id, role=row.role.value, name=row.name)
+    return ApiKeySecret(**lookup.api_key_read(row).model_dump(), secret=secret)
+
+
+def revoke_api_key(work: Work, tenant: str, key_id: str) -> ApiKeyRead:
+    """Revoke an API key; again changes nothing."""
+    row = work.session.get(ApiKey, key_id)
+    row = found(row if row is not None and row.tenant == tenant else None, "API key")
+    if row.revoked_at is None:
+        row.revoked_at = work.now
+        work.session.add(row)
+        work.record(tenant, "api-key.revoke", key_id)
+    return lookup.api_key_read(row)

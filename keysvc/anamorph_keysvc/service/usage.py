@@ -1,0 +1,82 @@
+"""Served tokens, and the rotations that fall due by them or by time."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from sqlmodel import Session, col, select
+
+from anamorph import errors
+from anamorph.wire.admin import KeyVersionRead, UsageReport
+from anamorph.wire.states import State
+from anamorph_keysvc.service import lookup, rotation
+from anamorph_keysvc.service.transition import change
+from anamorph_keysvc.service.work import Service, Work
+from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion, Model, Usage
+
+ACTOR = "service"
+
+
+def report(work: Work, tenant: str, model: str, version: int, body: UsageReport) -> KeyVersionRead:
+    """Note a source's count; the highest per source stands, so reporting twice counts once."""
+    row = lookup.version(work.session, tenant, model, version)
+    key = (tenant, model, version, body.source)
+    usage = work.session.get(Usage, key, with_for_update=True)
+    known = 0 if usage is None else usage.tokens
+    if body.tokens > known:
+        usage = usage or Usage(tenant=tenant, model=model, version=version, source=body.source, tokens=0)
+        usage.tokens = body.tokens
+        work.session.add(usage)
+        change(work, row, served_tokens=row.served_tokens + body.tokens - known)
+    return lookup.version_read(row)
+
+
+def due_rotations(session: Session, now: datetime, backoff: timedelta) -> list[tuple[str, str, str]]:
+    """Tenant, model and reason of every rotation that the policies ask for at ``now``.
+
+    A model whose newest version failed is left alone for ``backoff`` after that.
+    """
+    due = []
+    for active in session.exec(select(KeyVersion).where(KeyVersion.state == State.ACTIVE)):
+        model = lookup.model(session, active.tenant, active.model)
+        reason = _reason(active, model, now)
+        if reason and not _must_wait(session, model, now, backoff):
+            due.append((active.tenant, active.model, reason))
+    return due
+
+
+def _reason(active: KeyVersion, model: Model, now: datetime) -> str | None:
+    policy = lookup.policy_of(model)
+    if policy.token_budget is not None and active.served_tokens >= policy.token_budget:
+        return "token budget"
+    if policy.period_s is None or active.activated_at is None:
+        return None
+    return "period" if now >= active.activated_at + timedelta(seconds=policy.period_s) else None
+
+
+def _must_wait(session: Session, model: Model, now: datetime, backoff: timedelta) -> bool:
+    newest = session.exec(
+        select(KeyVersion)
+        .where(KeyVersion.tenant == model.tenant, KeyVersion.model == model.id)
+        .order_by(col(KeyVersion.version).desc())
+        .limit(1)
+    ).one()
+    if newest.state in IN_FLIGHT:
+        return True
+    return newest.state is State.FAILED and now < newest.updated_at + backoff
+
+
+def rotate_due(service: Service) -> int:
+    """Begin every rotation that is due; answers how many began."""
+    backoff = timedelta(seconds=service.limits.rotation_backoff_s)
+    with service.database.read() as session:
+        due = due_rotations(session, service.clock(), backoff)
+    begun = 0
+    for tenant, model, reason in due:
+        try:
+            with service.work(ACTOR) as work:
+                rotation.rotate(work, tenant, model, reason)
+        except errors.Conflict:
+            continue  # someone else has begun one meanwhile, which is as good
+        begun += 1
+    return begun

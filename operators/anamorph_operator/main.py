@@ -1,0 +1,135 @@
+"""``anamorph-operator``: the reconciler as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shlex
+import signal
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from anamorph.errors import SetupError
+from anamorph.wire.keyservice import AsyncKeyService
+from anamorph_operator.jobs import DEFAULT_COMMAND, Jobs
+from anamorph_operator.local import LocalOperator, LocalSettings
+from anamorph_operator.probe import Prober, Tokens
+from anamorph_operator.ray_serve import RayServe
+from anamorph_operator.state import Baseline
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_DEFAULT_CONTEXT = 2048
+
+
+@app.callback()
+def _operator() -> None:
+    """Keep replicas, served applications and key versions in step."""
+
+
+@app.command()
+def local(
+    keysvc: Annotated[str, typer.Option(help="URL of the key service.")],
+    key_file: Annotated[Path, typer.Option(help="File with a platform API key.", exists=True)],
+    ray_dashboard: Annotated[str, typer.Option(help="URL of Ray's dashboard.")],
+    serve_url: Annotated[str, typer.Option(help="URL where Ray Serve listens.")],
+    store: Annotated[str, typer.Option(help="Folder or URL where replicas are published.")],
+    scratch: Annotated[Path, typer.Option(help="Folder for work in progress.")],
+    ray_token_file: Annotated[Path | None, typer.Option(help="File with Ray's token.")] = None,
+    baseline: Annotated[
+        list[str], typer.Option(help="NAME=FOLDER[,dtype=…][,engine=…][,context=N]; repeatable.")
+    ] = [],  # noqa: B006 - typer copies it
+    allow_base: Annotated[
+        list[str], typer.Option(help="Folder or URL prefix that bases may come from; repeatable.")
+    ] = [],  # noqa: B006
+    interval: Annotated[float, typer.Option(help="Seconds between two turns.", min=0.05)] = 1.0,
+    materializer: Annotated[str | None, typer.Option(help="Command of the materialisation job.")] = None,
+    otlp_endpoint: Annotated[str | None, typer.Option(help="OTLP collector for the engines.")] = None,
+) -> None:
+    """Run on one machine: jobs as processes, serving by a local Ray."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # httpx logs every request at INFO.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    settings = LocalSettings(
+        keysvc_url=keysvc,
+        serve_url=serve_url,
+        store=store,
+        scratch=scratch,
+        baselines=tuple(parse_baseline(text) for text in baseline),
+        allow_base=tuple(allow_base),
+        interval_s=interval,
+        otlp_endpoint=otlp_endpoint,
+    )
+    command = tuple(shlex.split(materializer)) if materializer else DEFAULT_COMMAND
+    key, ray_token = _secret(key_file), _secret(ray_token_file) if ray_token_file else None
+    asyncio.run(_run(settings, key, ray_dashboard, ray_token, command))
+
+
+def parse_baseline(text: str) -> Baseline:
+    """Read ``NAME=FOLDER[,dtype=…][,engine=…][,context=N]``.
+
+    Raises:
+        SetupError: another form, or an unknown option.
+    """
+    place, *extra = text.split(",")
+    name, separator, folder = place.partition("=")
+    options = dict(item.partition("=")[::2] for item in extra)
+    if not separator or not name or not folder or options.keys() - {"dtype", "engine", "context"}:
+        raise SetupError("a baseline reads NAME=FOLDER[,dtype=float32][,engine=torch][,context=2048]")
+    context = int(options.pop("context", 0)) or _context_of(Path(folder))
+    return Baseline(name, str(Path(folder).absolute()), context, **options)  # type: ignore[arg-type]
+
+
+def _context_of(folder: Path) -> int:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return _DEFAULT_CONTEXT
+    return int(config.get("max_position_embeddings") or _DEFAULT_CONTEXT)
+
+
+async def _run(
+    settings: LocalSettings,
+    key: str,
+    dashboard: str,
+    ray_token: str | None,
+    command: tuple[str, ...],
+) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        keys = await stack.enter_async_context(AsyncKeyService(settings.keysvc_url, key))
+        ray = await stack.enter_async_context(_dashboard_client(dashboard, ray_token))
+        # Probes wait for a whole answer; usage readings set their own, short timeout.
+        engines = await stack.enter_async_context(httpx.AsyncClient(timeout=120, trust_env=False))
+        prober = Prober(engines, Tokens(keys.inference_token, _utc_now), _utc_now)
+        serve = RayServe(ray, settings.serve_url)
+        await LocalOperator(settings, keys, serve, Jobs(command, _utc_now), prober, _utc_now).run(stop)
+
+
+def _secret(path: Path) -> str:
+    return path.read_text().strip()
+
+
+def _dashboard_client(url: str, token: str | None) -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=30, trust_env=False)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def main() -> None:
+    """Entry point of ``anamorph-operator``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""The operator against a simulated world, in every order of events that Hypothesis can think of.
+
+The simulated key service knows the state machine (``wire.states``) and refuses what it
+does not admit; the simulated Ray knows what stands and what is in flight. Each rule
+below is one thing that can happen; ``turn`` is one turn of the operator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from anamorph.wire.admin import KeyVersionRead, Materialized, ModelRead, Probe, RotationPolicy
+from anamorph.wire.serving import KeyState, Usage
+from anamorph.wire.states import GONE, TRANSITIONS, State
+from anamorph_operator import actions as act
+from anamorph_operator.plan import EXIT_REFUSED, plan
+from anamorph_operator.state import (
+    Application,
+    AppStatus,
+    Baseline,
+    Check,
+    Deployed,
+    Desired,
+    Job,
+    Observed,
+    Outcome,
+    Ref,
+)
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+POLICY = RotationPolicy(
+    grace_s=20,
+    client_cache_ttl_s=5,
+    longest_request_s=10,
+    clock_skew_s=0,
+    propagation_s=5,
+    destroy_delay_s=30,
+)
+MODEL = ModelRead(
+    id="smol",
+    tenant="acme",
+    base="/bases/smol",
+    engine="fake",
+    vocab_size=100,
+    context_length=64,
+    policy=POLICY,
+    created_at=T0,
+)
+WAITING = {State.PENDING, State.MATERIALIZING, State.STAGED}
+REACHED = AppStatus.RUNNING
+
+
+class World(RuleBasedStateMachine):
+    """One model of one tenant, its key service, its Ray, its operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = T0
+        self.versions: dict[int, KeyVersionRead] = {}
+        self.before_suspension: dict[int, State] = {}
+        self.apps: dict[str, Deployed] = {}
+        self.in_flight: dict[str, int] = {}
+        self.ray_up = True
+        self.context_length = 64
+        self.restart_operator()
+
+    # -- what the plan sees -------------------------------------------------
+
+    def desired(self) -> Desired:
+        return Desired(
+            tuple(self.versions.values()),
+            (MODEL.model_copy(update={"context_length": self.context_length}),),
+            (),
+            "http://serve",
+            baselines=(Baseline("smol", "/bases/smol", 64),),
+            allow_base=("/bases",),
+        )
+
+    def observed(self) -> Observed:
+        running = {n for n, app in self.apps.items() if app.status is REACHED} if self.ray_up else set()
+        served = {Ref.of(v) for v in self.versions.values() if Ref.of(v).app in running}
+        return Observed(
+            deployed=dict(self.apps) if self.ray_up else None,
+            jobs=dict(self.jobs),
+            checks=dict(self.checks),
+            usage={r: Usage(source="p", tokens=0, in_flight=self.in_flight.get(r.app, 0)) for r in served},
+            reported={r: Usage(source="p", tokens=0) for r in served},
+            deleted=frozenset(self.deleted),
+        )
+
+    # -- the key service ----------------------------------------------------
+
+    def move(self, number: int, to: State, **fields: object) -> None:
+        version = self.versions[number]
+        assert to in TRANSITIONS[version.state], f"{version.state} -> {to}"
+        self.versions[number] = version.model_copy(update={"state": to, "updated_at": self.now, **fields})
+
+    def in_state(self, *states: State) -> list[int]:
+        return [number for number, version in self.versions.items() if version.state in states]
+
+    @initialize()
+    def first(self) -> None:
+        self.rotate()
+
+    @precondition(lambda self: not self.in_state(*WAITING) and len(self.versions) < 6)
+    @rule()
+    def rotate(self) -> None:
+        number = len(self.versions) + 1
+        self.versions[number] = KeyVersionRead(
+            tenant="acme",
+            model="smol",
+            version=number,
+            state=State.PENDING,
+            key_id=f"acme.smol.v{number}.{number:016x}",
+            kcv=f"{number:016x}",
+            vocab_kcv=f"{number:016x}",
+            public_key="AAAA",
+            row_version=1,
+            created_at=self.now,
+            updated_at=self.now,
+        )
+
+    @precondition(lambda self: self.in_state(State.ACTIVE))
+    @rule()
+    def suspend(self) -> None:
+        [number] = self.in_state(State.ACTIVE)
+        self.move(number, State.SUSPENDED)
+
+    @precondition(lambda self: self.in_state(State.SUSPENDED) and not self.in_state(State.ACTIVE))
+    @rule()
+    def resume(self) -> None:
+        self.move(self.in_state(State.SUSPENDED)[0], State.ACTIVE)
+
+    @rule(data=st.data())
+    def revoke_or_destroy(self, data: st.DataObject) -> None:
+        ended = self.in_state(State.RETIRED, State.FAILED, State.COMPROMISED)
+        living = self.in_state(State.STAGED, State.DRAINING, State.SUSPENDED)
+        number = data.draw(st.sampled_from([None, *ended, *living]))
+        if number in ended:
+            self.move(number, State.DESTROY_SCHEDULED, destroy_at=self.now + timedelta(seconds=30))
+        elif number is not None:
+            self.move(number, State.COMPROMISED)
+
+    # -- what happens by itself ---------------------------------------------
+
+    @rule(seconds=st.sampled_from([1, 5, 16, 40]))
+    def time_passes(self, seconds: int) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    @rule(how=st.sampled_from(["well", "well", "crash", "refused"]))
+    def job_ends(self, how: str) -> None:
+        for ref, job in self.jobs.items():
+            if job.running:
+                code = {"well": 0, "crash": 1, "refused": EXIT_REFUSED}[how]
+                self.jobs[ref] = replace(job, running=False, exit_code=code, ended_at=self.now)
+                if how == "well" and self.versions[ref.version].state is State.MATERIALIZING:
+                    self.move(ref.version, State.STAGED, artifact=artifact(ref.version))
+
+    @rule(data=st.data(), status=st.sampled_from([REACHED, REACHED, *AppStatus]))
+    def ray_reports(self, data: st.DataObject, status: AppStatus) -> None:
+        name = data.draw(st.sampled_from([*self.apps, None]))
+        if name is not None and status is not AppStatus.DELETING:
+            self.apps[name] = replace(self.apps[name], status=status)
+            if status is not REACHED:
+                self.in_flight.pop(name, None)  # its replica is gone, and with it what it was doing
+
+    @rule(outcome=st.sampled_from([Outcome.EQUAL, Outcome.EQUAL, Outcome.DIFFERENT, Outcome.UNREACHABLE]))
+    def probe_ends(self, outcome: Outcome) -> None:
+        for ref, check in self.checks.items():
+            if check.outcome is Outcome.RUNNING:
+                self.checks[ref] = replace(check, outcome=outcome, at=self.now)
+
+    @rule(data=st.data())
+    def request_begins(self, data: st.DataObject) -> None:
+        ready = [n for n, a in self.apps.items() if a.status is REACHED and n != "door" and not refuses(a)]
+        name = data.draw(st.sampled_from([*ready, None]))
+        if name is not None:
+            self.in_flight[name] = self.in_flight.get(name, 0) + 1
+
+    @rule()
+    def requests_end(self) -> None:
+        self.in_flight.clear()
+
+    @rule(up=st.booleans())
+    def ray_is_reachable(self, up: bool) -> None:
+        self.ray_up = up
+
+    @rule(context_length=st.sampled_from([32, 64]))
+    def model_record_changes(self, context_length: int) -> None:
+        self.context_length = context_length
+
+    @rule()
+    def ray_starts_afresh(self) -> None:
+        self.apps.clear()
+        self.in_flight.clear()
+
+    @rule()
+    def restart_operator(self) -> None:
+        self.jobs: dict[Ref, Job] = {}
+        self.checks: dict[Ref, Check] = {}
+        self.deleted: set[Ref] = set()
+
+    # -- the operator -------------------------------------------------------
+
+    @rule(done=st.integers(0, 8))
+    def turn(self, done: int) -> None:
+        """One turn of which only the first ``done`` actions happen: it may be killed in between."""
+        for action in plan(self.desired(), self.observed(), self.now)[:done]:
+            self.do(action)
+
+    @rule(turns=st.integers(1, 6))
+    def things_go_well(self, turns: int) -> None:
+        """Whole turns with every job, deployment and probe a success: the way into the deeper states."""
+        for _ in range(turns):
+            self.turn(99)
+            self.job_ends("well")
+            self.probe_ends(Outcome.EQUAL)
+            self.apps = {n: replace(a, status=REACHED) for n, a in self.apps.items()}
+            self.now += timedelta(seconds=1)
+
+    def do(self, action: act.Action) -> None:  # noqa: C901 - one case per action
+        match action:
+            case act.Apply():
+                self.apply(action.applications)
+            case act.StartJob(ref):
+                assert self.versions[ref.version].state in {State.PENDING, State.MATERIALIZING}
+                if self.versions[ref.version].state is State.PENDING:
+                    self.move(ref.version, State.MATERIALIZING)
+                former = self.jobs.get(ref)
+                self.jobs[ref] = Job(True, former.attempts + 1 if former else 1)
+            case act.StopJob(ref):
+                self.jobs[ref] = replace(self.jobs[ref], running=False, exit_code=-15, ended_at=self.now)
+            case act.FailVersion(ref):
+                self.move(ref.version, State.FAILED)
+            case act.Verify(ref):
+                former_check = self.checks.get(ref)
+                attempts = former_check.attempts + 1 if former_check else 1
+                self.checks[ref] = Check(Outcome.RUNNING, attempts, self.now)
+            case act.Activate(ref):
+                self.activate(ref)
+            case act.Retire(ref):
+                self.retire(ref)
+            case act.DeleteReplica(ref):
+                assert ref.app not in self.apps, "files of an application that stands"
+                self.deleted.add(ref)
+            case act.Destroyed(ref):
+                version = self.versions[ref.version]
+                assert ref in self.deleted or version.artifact is None
+                assert version.destroy_at is not None
+                assert self.now >= version.destroy_at
+                self.move(ref.version, State.DESTROYED)
+            case act.ReportUsage():
+                raise AssertionError("all usage is reported already")
+
+    def apply(self, applications: tuple[Application, ...]) -> None:
+        assert self.ray_up
+        assert applications[0].name == "door"
+        wanted = {app.name: app for app in applications}
+        assert len(wanted) == len(applications)
+        for name in self.apps.keys() - wanted.keys():
+            self.remove(self.apps.pop(name))
+        for name, app in wanted.items():
+            standing = self.apps.get(name)
+            if standing is None:
+                self.apps[name] = Deployed(name, AppStatus.DEPLOYING, app, self.now)
+            else:
+                assert standing.application is not None
+                assert standing.application.settings == app.settings, "replaced in place"
+                self.apps[name] = replace(standing, application=app, deployed_at=self.now)
+
+    def remove(self, app: Deployed) -> None:
+        assert self.in_flight.get(app.name, 0) == 0, "deleted under a running request"
+        if app.status is AppStatus.DEPLOY_FAILED or app.name.startswith("plaintext"):
+            return
+        number = int(app.name.rpartition(".v")[2])
+        assert self.versions[number].state in GONE | {State.FAILED}, "deleted before its key ended"
+
+    def activate(self, ref: Ref) -> None:
+        assert self.apps[ref.app].status is REACHED
+        assert all(ref.version > number for number in self.in_state(State.ACTIVE))
+        for number in self.in_state(State.ACTIVE):
+            self.move(number, State.DRAINING, drain_until=self.now + timedelta(seconds=20))
+        self.move(ref.version, State.ACTIVE, activated_at=self.now)
+
+    def retire(self, ref: Ref) -> None:
+        deadline = self.versions[ref.version].drain_until
+        assert deadline is not None
+        assert self.now >= deadline
+        [active] = self.in_state(State.ACTIVE)
+        assert self.apps[f"acme.smol.v{active}"].status is REACHED, "the only one that answers"
+        self.move(ref.version, State.RETIRED)
+
+    # -- what always holds --------------------------------------------------
+
+    @invariant()
+    def at_most_one_active(self) -> None:
+        assert len(self.in_state(State.ACTIVE)) <= 1
+
+    @invariant()
+    def at_most_one_job(self) -> None:
+        assert sum(job.running for job in self.jobs.values()) <= 1
+
+    def teardown(self) -> None:
+        """Left alone with everything working, it converges and then has nothing more to do."""
+        self.ray_up = True
+        for _ in range(40):
+            self.things_go_well(1)
+            self.in_flight.clear()
+            self.now += timedelta(seconds=16)
+        assert plan(self.desired(), self.observed(), self.now) == []
+        assert not self.in_state(*WAITING, State.DESTROY_SCHEDULED)
+        served = {f"acme.smol.v{n}" for n in self.in_state(State.ACTIVE, State.DRAINING, State.SUSPENDED)}
+        assert self.apps.keys() == {"door", "plaintext.smol.v0"} | served
+        if self.in_state(State.ACTIVE):
+            assert not self.in_state(State.DRAINING)
+
+
+def refuses(app: Deployed) -> bool:
+    state = app.application.state if app.application else None
+    return isinstance(state, KeyState) and state.status == "gone"
+
+
+def artifact(number: int) -> Materialized:
+    probe = Probe(prompts=((1, 2),), expected=((3, 4),))
+    return Materialized(replica=f"file:///store/v{number}", manifest_sha256=f"{number:064x}", probe=probe)
+
+
+TestWorld = World.TestCase
+TestWorld.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
