@@ -53,8 +53,7 @@ bench: $(READY)  ## the benchmarks, one after the other
 	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 
 docs: $(READY)  ## the documentation as a site, in build/docs; fails on a dead link
-	$(BIN)/uv tool run --python $(BIN)/python --with-requirements docs/requirements.txt \
-	  --from mkdocs mkdocs build --strict --clean --site-dir build/docs
+	$(BIN)/uv tool run --python $(BIN)/python --with-requirements docs/requirements.txt zensical build --strict --clean
 
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) build dist reports .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

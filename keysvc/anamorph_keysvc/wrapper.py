@@ -57,8 +57,10 @@ class KeyWrapper(Protocol):
     the reason.
     """
 
-    production: bool
-    """Whether the wrapper is fit for more than one machine's owner."""
+    @property
+    def production(self) -> bool:
+        """Whether the wrapper may stand between tenants' keys and an operator of the database."""
+        ...
 
     def wrap(self, secret: bytes, context: Context) -> bytes:
         """Ciphertext of ``secret``, bound to ``context``."""

@@ -170,7 +170,7 @@ def _idle(view: _View) -> bool:
 def _destroying(view: _View) -> list[Action]:
     """First the application, then the files, then the word that erases the key."""
     due = view.version.destroy_at is not None and view.now >= view.version.destroy_at
-    if not due or view.observed.deployed is None or False:
+    if not due or view.observed.deployed is None or view.observed.app(view.ref) is not None:
         return []
     if view.version.artifact is None or view.ref in view.observed.deleted:
         return [Destroyed(view.ref)]

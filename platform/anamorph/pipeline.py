@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anamorph import checkpoint
+from anamorph.checkpoint import FoldReport
 from anamorph.checkpoint.probe import make_probe
 from anamorph.errors import ReplicaRefused
 from anamorph.keys import TenantKey
@@ -28,7 +29,7 @@ MAX_SHARD_SIZE = 2**29
 
 
 def _silent(_phase: str, _done: float) -> None:
-    """The default: nobody listens."""
+    """Nobody listens."""
 
 
 def make_replica(
@@ -44,15 +45,19 @@ def make_replica(
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress = _silent,
 ) -> Materialized:
-    """Make a replica of ``base`` under ``key`` and publish it as ``name``; return what to report.
+    """Make a replica of ``base`` under ``key``, publish it as ``name``, and return what to report.
 
     Args:
         base: folder of the plaintext checkpoint.
         store: where replicas are published.
-        scratch: folder of this version's work in progress; finished parts of a killed run are taken up.
+        name: name in the store, ``tenant/model/vN``.
+        key: what the replica is made with and signed by.
+        profile: ``rotate``, or ``permute``, which moves weights and never rounds them.
+        scratch: folder for this version's work in progress; what a killed run finished is taken up.
         dtype: what the replica will be served in.
         device: torch device of the products.
         max_shard_size: bytes of a shard.
+        progress: told what is being done.
 
     Raises:
         UnsupportedModel: no table covers the base.
@@ -60,12 +65,86 @@ def make_replica(
         MaterializationError: the replica does not compute what the base computes.
         ReplicaRefused: ``name`` is taken by something that this key has not made.
     """
-    url = store.url_of(name)
     folded = scratch / "replica"
     if not store.exists(name):
-        _take_up(folded, key) or fold(base, folded, key, profile, device=device, ...)
-        checkpoint.compare(base, folded, key)
+        if not _finished(folded, key):
+            fold(base, folded, key, profile, device=device, max_shard_size=max_shard_size, progress=progress)
+        progress("compare", 0.0)
+        checkpoint.compare(base, folded, key, device=device).check()
+        progress("publish", 0.0)
         store.publish(folded, name)
-    manifest = verify(url, key.public_key(), key_id=key.id)
-    probe = make_probe(_at_hand(url, folded, key), dtype=dtype, device=device)
-    return Materialized(replica=url, manifest_sha256=manifest.sha256(), probe=probe)
+    manifest = verify(store.url_of(name), key.public_key(), key_id=key.id)
+    progress("probe", 0.0)
+    probe = make_probe(_at_hand(store.url_of(name), folded, key), dtype=dtype, device=device)
+    return Materialized(replica=store.url_of(name), manifest_sha256=manifest.sha256(), probe=probe)
+
+
+def fold(
+    base: Path,
+    out: Path,
+    key: TenantKey,
+    profile: Profile = "rotate",
+    *,
+    device: str = "cpu",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Progress = _silent,
+) -> ReplicaManifest:
+    """Write a signed replica of ``base`` to the new folder ``out``, and verify what was written.
+
+    ``out`` appears by one rename, with its manifest, or not at all; a killed fold resumes when called again.
+
+    Raises:
+        UnsupportedModel: no table covers the base.
+        CheckpointError: the base cannot be read.
+        ReplicaExists: ``out`` exists.
+    """
+
+    def finish(staging: Path, report: FoldReport) -> None:
+        progress("manifest", 0.0)
+        seal(staging, _identity(key, report), key.sign)
+
+    checkpoint.fold(
+        base,
+        out,
+        key,
+        profile,
+        device=device,
+        max_shard_size=max_shard_size,
+        progress=lambda done, total: progress("fold", done / total),
+        finish=finish,
+    )
+    return verify(out, key.public_key(), key_id=key.id)
+
+
+def _identity(key: TenantKey, report: FoldReport) -> Identity:
+    tag_key = key.subkey("plan")
+    return Identity(
+        key_id=key.id,
+        kcv=key.kcv,
+        vocab_kcv=key.vocab_kcv,
+        profile=report.plan.profile,
+        table=report.plan.table_id,
+        base_tag=keyed_tag(tag_key, bytes.fromhex(report.base_digest.removeprefix("sha256:"))),
+        plan_tag=keyed_tag(tag_key, report.plan.canonical()),
+        added=report.plan.added,
+    )
+
+
+def _finished(folded: Path, key: TenantKey) -> bool:
+    """Whether a run that was killed has left a whole replica; anything less is removed."""
+    if not folded.exists():
+        return False
+    try:
+        verify(folded, key.public_key(), key_id=key.id)
+    except ReplicaRefused:
+        shutil.rmtree(folded)
+        return False
+    return True
+
+
+def _at_hand(url: str, folded: Path, key: TenantKey) -> Path:
+    """A local folder with the published replica: itself, the one just folded, or a copy."""
+    place = local_path(url)
+    if place is not None or _finished(folded, key):
+        return place or folded
+    return fetch(url, folded)

@@ -38,15 +38,15 @@ def test_ratio_is_encrypted_over_plaintext(report: OverheadReport) -> None:
 
 
 def test_interval_covers() -> None:
-    """Over 200 experiments with a true ratio of 1.1, the 95 % interval holds it at least 90 % of the time."""
+    """Over 100 experiments with a true ratio of 1.1, the 95 % interval holds it at least 90 % of the time."""
     rng = np.random.default_rng(11)
     hits = 0
-    for seed in range(200):
+    for seed in range(100):
         pace = rng.lognormal(0, 1, size=40)  # the machine's mood, common to both halves of a pair
         noise = rng.lognormal(0, 0.2, size=(2, 40))
         ratio = paired_ratio(list(1.1 * pace * noise[0]), list(pace * noise[1]), seed=seed)
         hits += ratio.low <= 1.1 <= ratio.high
-    assert hits >= 180
+    assert hits >= 90
 
 
 def test_pairing_cancels_the_machine() -> None:

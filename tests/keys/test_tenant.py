@@ -251,7 +251,8 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_load_wants_a_regular_file(tmp_path: Path, make: Any) -> None:
     """A folder or a FIFO in a key's place is refused at once."""
     make(tmp_path / "key.json")
-    with pytest.raises(InvalidKey, match="regular"):
+    (tmp_path / "key.json").chmod(0o600)
+    with pytest.raises(InvalidKey, match="is not a regular file"):
         TenantKey.load(tmp_path / "key.json")
 
 

@@ -107,7 +107,7 @@ class World(RuleBasedStateMachine):
     def first(self) -> None:
         self.rotate()
 
-    @precondition(lambda self: not self.in_state(*WAITING) and len(self.versions) < 6)
+    @precondition(lambda self: len(self.versions) < 6)
     @rule()
     def rotate(self) -> None:
         number = len(self.versions) + 1
@@ -139,7 +139,7 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data())
     def revoke_or_destroy(self, data: st.DataObject) -> None:
         ended = self.in_state(State.RETIRED, State.FAILED, State.COMPROMISED)
-        living = self.in_state(State.STAGED, State.DRAINING, State.SUSPENDED)
+        living = self.in_state(State.STAGED, State.ACTIVE, State.DRAINING, State.SUSPENDED)
         number = data.draw(st.sampled_from([None, *ended, *living]))
         if number in ended:
             self.move(number, State.DESTROY_SCHEDULED, destroy_at=self.now + timedelta(seconds=30))

@@ -1,0 +1,9 @@
+"""Plan × base → replica folder: streaming, one tensor at a time; and does it compute the same."""
+
+from __future__ import annotations
+
+from anamorph.checkpoint.compare import Comparison, compare
+from anamorph.checkpoint.fold import FoldReport, fold
+from anamorph.checkpoint.reader import Checkpoint
+
+__all__ = ["Checkpoint", "Comparison", "FoldReport", "compare", "fold"]

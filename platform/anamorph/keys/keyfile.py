@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import json
 import os
@@ -101,7 +100,7 @@ def decode(content: bytes) -> StoredKey:
     fields = _fields(content)
     try:
         root = base64.b64decode(fields["root"], validate=True)
-    except binascii.Error:
+    except ValueError:
         raise InvalidKey("the root in this key file is not base64") from None
     # Base64 has spare bits in its last digit; one root has one spelling here.
     if base64.b64encode(root).decode("ascii") != fields["root"]:

@@ -24,11 +24,10 @@ class _Secret:
     """Something with an id and bytes that must not leave the process by accident.
 
     It shows its id only, compares in constant time, and refuses to be pickled,
-    copied, formatted or hashed.
+    copied, formatted or hashed (a class with ``__eq__`` alone has no hash).
     """
 
     __slots__ = ("_identity", "_secret")
-    __hash__ = None  # type: ignore[assignment]  # a hash would be a function of the secret
 
     def __init__(self, secret: bytes, identity: KeyId) -> None:
         self._secret = secret

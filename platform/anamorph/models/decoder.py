@@ -44,10 +44,11 @@ SPACES = (
 
 VOCAB = axis(View("vocab"))
 RESIDUAL = axis(View("residual"))
-KEY = axis(View("layers.{l}.qk", "kv"), View("layers.{l}.heads", "kv"))
-QUERY = axis(~View("layers.{l}.qk", "query"), View("layers.{l}.heads", "query"))
-VALUE = axis(View("layers.{l}.vo", "kv"), View("layers.{l}.heads", "kv"))
-MIXED = axis(View("layers.{l}.vo", "query"), View("layers.{l}.heads", "query"))  # values, mixed by attention
+# Heads take their new places first: a head's block belongs to the place it has in the replica.
+KEY = axis(View("layers.{l}.heads", "kv"), View("layers.{l}.qk", "kv"))
+QUERY = axis(View("layers.{l}.heads", "query"), ~View("layers.{l}.qk", "query"))
+VALUE = axis(View("layers.{l}.heads", "kv"), View("layers.{l}.vo", "kv"))
+MIXED = axis(View("layers.{l}.heads", "query"), View("layers.{l}.vo", "query"))  # values, mixed by attention
 GATE = axis(View("layers.{l}.ffn", "gate"))
 UP = axis(View("layers.{l}.ffn", "up"))
 

@@ -49,6 +49,10 @@ class Symmetry(ABC):
     def lifted(self, lift: Callable[[Any], Array]) -> Symmetry:
         """The same symmetry with its arrays passed through ``lift`` (to a device, to a dtype)."""
 
+    def split(self) -> tuple[Monomial, Symmetry]:
+        """A permutation that comes first, and what remains to be done after it."""
+        return Monomial(self.size), self
+
     def __matmul__(self, first: Symmetry) -> Symmetry:
         """``self`` after ``first``."""
         return Chain((first, self))
@@ -88,15 +92,19 @@ class Monomial(Symmetry):
 
     def act(self, array: Array, axis: int = 0) -> Array:
         """Index, then multiply."""
-        moved = array if self.source is None else array[(slice(None),) * axis + (self.source,)]
+        moved = array if self.source is None else _take(array, self.source, axis)
         if self.factors is None:
             return moved
         return moved * self.factors.reshape((-1,) + (1,) * (array.ndim - axis - 1))
 
     def rows(self, start: int, stop: int) -> Monomial:
-        """The part that makes rows ``start`` to ``stop`` of the result, out of all rows."""
-        source = np.arange(start, stop) if self.source is None else self.source[start:stop]
+        """What makes coordinates ``start`` to ``stop`` of the result, out of all coordinates."""
+        source = slice(start, stop) if self.source is None else self.source[start:stop]
         return Monomial(stop - start, source, None if self.factors is None else self.factors[start:stop])
+
+    def split(self) -> tuple[Monomial, Monomial]:
+        """The permutation, and the factors that come after it."""
+        return replace(self, factors=None), replace(self, source=None)
 
     def dual(self) -> Monomial:
         """The order stays, the factors turn over."""
@@ -123,6 +131,13 @@ class Monomial(Symmetry):
         factors = mine if first.factors is None else mine * first.factors[order]
         exact = self.moves_only and first.moves_only
         return Monomial(self.length, source, None if exact else factors)
+
+
+def _take(array: Array, source: Any, axis: int) -> Array:
+    if isinstance(source, slice):
+        return array[(slice(None),) * axis + (source,)]
+    # Both libraries index by brackets too, several times slower along any axis but the first.
+    return np.take(array, source, axis) if isinstance(array, np.ndarray) else array.index_select(axis, source)
 
 
 def identity(size: int) -> Monomial:
@@ -228,6 +243,11 @@ class Chain(Symmetry):
         """Every step in turn."""
         return reduce(lambda moved, step: step.act(moved, axis), self.steps, array)
 
+    def split(self) -> tuple[Monomial, Symmetry]:
+        """What the first step begins with, and the rest."""
+        order, rest = self.steps[0].split()
+        return order, compose((rest, *self.steps[1:]))
+
     def dual(self) -> Chain:
         """The dual of a product is the product of the duals, in the same order."""
         return Chain(tuple(step.dual() for step in self.steps))
@@ -277,7 +297,13 @@ class Stacked(Symmetry):
 
 def compose(steps: tuple[Symmetry, ...]) -> Symmetry:
     """Steps applied first to last, simplified where they are closed under composition."""
-    return reduce(lambda done, step: step @ done, steps)
+    telling = tuple(step for step in steps if not is_identity(step))
+    return reduce(lambda done, step: step @ done, telling or steps[:1])
+
+
+def is_identity(symmetry: Symmetry) -> bool:
+    """True for a map that is known to change nothing."""
+    return isinstance(symmetry, Monomial) and symmetry.source is None and symmetry.factors is None
 
 
 def stack(parts: tuple[Symmetry, ...]) -> Symmetry:

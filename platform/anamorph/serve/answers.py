@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from anamorph import errors
@@ -54,13 +53,3 @@ def internal_error() -> JSON:
 
 def not_found() -> errors.NotFound:
     return errors.NotFound("there is nothing at this path", code="not_found")
-
-
-def relative_path(scope: Mapping[str, Any]) -> str:
-    """Path below the application's route prefix, which Ray passes as ``root_path``."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path.removeprefix(root) if root and path.startswith(root + "/") else path
-
-
-def headers_of(request: Request) -> dict[str, str]:
-    return {name: value for name, value in request.headers.items() if name == "traceparent"}

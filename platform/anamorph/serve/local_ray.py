@@ -97,8 +97,8 @@ class RayProcess:
             fields = json.loads((home / STATE_FILE).read_text())
         except FileNotFoundError:
             return None
-        paths = {name: Path(fields.pop(name)) for name in ("home", "token_file", "temp_dir")}
-        return cls(**fields, **paths)
+        paths = {name: Path(fields[name]) for name in ("home", "token_file", "temp_dir")}
+        return cls(**{**fields, **paths})
 
 
 def start_ray(
@@ -214,9 +214,7 @@ def _command(ports: list[int], num_cpus: int, object_store_bytes: int, temp_dir:
 
 
 def _environment(token_file: Path, ports: list[int], extra: Mapping[str, str]) -> dict[str, str]:
-    kept = {
-        k: v for k, v in os.environ.items() if k in INHERITED or k.startswith(INHERITED_PREFIXES)
-    }
+    kept = {k: v for k, v in os.environ.items() if k in INHERITED or k.startswith(INHERITED_PREFIXES)}
     return {
         **kept,
         "RAY_AUTH_MODE": "token",
@@ -227,6 +225,8 @@ def _environment(token_file: Path, ports: list[int], extra: Mapping[str, str]) -
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "DASHBOARD_METRIC_PORT": str(ports[8]),
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # Ray's own text errors leave the proxy in OpenAI's shape.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "anamorph.serve.proxy:middlewares",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

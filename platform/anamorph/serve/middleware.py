@@ -16,7 +16,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anamorph import errors
-from anamorph.serve.answers import internal_error, refusal, relative_path
+from anamorph.serve.answers import internal_error, refusal
+from anamorph.serve.asgi import relative_path
 from anamorph.serve.auth import OPERATOR, Caller, TokenVerifier, refused
 from anamorph.wire.ids import KeyId
 from anamorph.wire.inference import KEY_ID_HEADER
@@ -96,9 +97,7 @@ class BodyLimit:
 class Authentication:
     """401 unless the token is valid and speaks for this tenant and model."""
 
-    def __init__(
-        self, app: ASGIApp, verifier: Callable[[], TokenVerifier], settings: EngineSettings
-    ) -> None:
+    def __init__(self, app: ASGIApp, verifier: Callable[[], TokenVerifier], settings: EngineSettings) -> None:
         self._app = app
         self._verifier = verifier
         self._tenant = settings.tenant

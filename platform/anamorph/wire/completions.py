@@ -141,6 +141,7 @@ class _Call:
         self.url = url
         self.headers = headers
         self._key_id = key_id
+        self._choices = choices
         self._unfinished = set(range(choices))
         self._data: list[str] = []
         self._done = False
@@ -182,9 +183,7 @@ class _Call:
     def finish(self) -> None:
         """The stream is over: raise unless it was complete."""
         if self._unfinished or not self._done:
-            raise errors.StreamInterrupted(
-                "the stream ended before it was complete"
-            )
+            raise errors.StreamInterrupted("the stream ended before it was complete")
 
     def _parse(self, data: str | bytes) -> Completion:
         try:
@@ -195,6 +194,8 @@ class _Call:
         if self._key_id is not None and completion.system_fingerprint != self._key_id:
             raise errors.KeyMismatch("a chunk carries another key id than the request: it is discarded")
         for choice in completion.choices:
+            if not 0 <= choice.index < self._choices:
+                raise errors.StreamInterrupted("the answer holds a choice that was not asked for")
             if choice.finish_reason is not None:
                 self._unfinished.discard(choice.index)
         return completion

@@ -53,6 +53,8 @@ class EngineSettings(Message):
     max_concurrent: int = Field(default=16, ge=1)
     max_queued: int = Field(default=64, ge=0)
     max_body_bytes: int = Field(default=2**20, ge=1024)
+    num_gpus: float = Field(default=0, ge=0)
+    """What Ray reserves for the replica; with 0 it sees no GPU and computes on the CPU."""
     request_timeout_s: float = Field(default=300, gt=0)
     otlp_endpoint: str | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -104,7 +104,7 @@ class Answer:
 
 async def answer(
     client: AsyncClient, tokenizer: Tokenizer, job: Job
-) -> AsyncIterator[Delta | CompletionUsage]:
+) -> AsyncGenerator[Delta | CompletionUsage]:
     """What is new, choice by choice, and at the end the usage.
 
     Upstream is closed, and with it the generation, as soon as every choice is

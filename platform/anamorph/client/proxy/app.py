@@ -12,6 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
 
+from opentelemetry.trace import Span, SpanKind, Tracer, use_span
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,6 +27,7 @@ from anamorph.client.proxy.guard import Guard
 from anamorph.client.proxy.served import Models
 from anamorph.client.proxy.settings import ProxySettings
 from anamorph.client.proxy.sse import EventStream, event, until_disconnect
+from anamorph.telemetry import names, setup, traces
 from anamorph.wire.inference import CompletionUsage
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,14 @@ Events = AsyncGenerator[Delta | CompletionUsage]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(settings: ProxySettings) -> Starlette:
-    """The proxy as an ASGI application; it checks every tokenizer when it starts."""
+def create_app(settings: ProxySettings, models: Models | None = None) -> Starlette:
+    """The proxy as an ASGI application.
+
+    Args:
+        settings: see there.
+        models: opened already, in the same event loop; by default they are opened, and
+            every tokenizer checked, when the application starts.
+    """
     return Starlette(
         routes=[
             Route("/v1/chat/completions", _answering(_chat), methods=["POST"]),
@@ -46,18 +54,20 @@ def create_app(settings: ProxySettings) -> Starlette:
         ],
         middleware=[Middleware(Guard, local_api_key=settings.local_api_key)],
         exception_handlers={HTTPException: _http_error},
-        lifespan=partial(_lifespan, settings=settings),
+        lifespan=partial(_lifespan, settings=settings, models=models),
     )
 
 
 @asynccontextmanager
-async def _lifespan(app: Starlette, *, settings: ProxySettings) -> AsyncIterator[None]:
-    models = await Models.open(settings)
-    app.state.models, app.state.settings = models, settings
+async def _lifespan(app: Starlette, *, settings: ProxySettings, models: Models | None) -> AsyncIterator[None]:
+    opened = models or await Models.open(settings)
+    telemetry = setup("anamorph-proxy", otlp_endpoint=settings.otlp_endpoint)
+    app.state.models, app.state.settings, app.state.tracer = opened, settings, telemetry.tracer
     try:
         yield
     finally:
-        await models.close()
+        await opened.close()
+        await asyncio.to_thread(telemetry.shutdown)
 
 
 def _answering(endpoint: Endpoint) -> Endpoint:
@@ -122,12 +132,46 @@ async def _http_error(request: Request, error: Exception) -> Response:  # noqa: 
 async def _respond(
     request: Request, wanted: requests.Request, events: Events, shape: shapes.Shape
 ) -> Response:
-    if not wanted.stream:
-        deltas, usage = await until_disconnect(request.receive, _collect(events))
-        return JSONResponse(shape.whole(deltas, usage))
+    span = _span(request, wanted)
+    try:
+        with use_span(span, record_exception=False, set_status_on_exception=False):
+            if wanted.stream:
+                return await _streamed(request, wanted, events, shape, span)
+            deltas, usage = await until_disconnect(request.receive, _collect(events))
+    except BaseException as error:
+        span.set_attribute(names.ERROR_TYPE, type(error).__name__)
+        span.end()
+        raise
+    span.end()
+    return JSONResponse(shape.whole(deltas, usage))
+
+
+async def _streamed(
+    request: Request, wanted: requests.Request, events: Events, shape: shapes.Shape, span: Span
+) -> Response:
     # With the first event in hand, an error before it still has a status of its own.
     first = await until_disconnect(request.receive, anext(events))
-    return EventStream(_stream(first, events, shape, usage=_wants_usage(wanted)))
+
+    async def ended() -> None:
+        await events.aclose()
+        span.end()
+
+    return EventStream(_stream(first, events, shape, usage=_wants_usage(wanted)), ended)
+
+
+def _span(request: Request, wanted: requests.Request) -> Span:
+    operation = "chat" if isinstance(wanted, requests.ChatRequest) else "text_completion"
+    tracer: Tracer = request.app.state.tracer
+    return tracer.start_span(
+        f"{operation} {wanted.model}",
+        context=traces.extract(request.headers),
+        kind=SpanKind.CLIENT,
+        attributes={
+            names.OPERATION: operation,
+            names.REQUEST_MODEL: wanted.model,
+            names.PROTECTION: "encrypted",
+        },
+    )
 
 
 async def _collect(events: Events) -> tuple[list[Delta], CompletionUsage]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from anamorph.client.exchange import Options
 from anamorph.client.proxy.requests import ChatRequest, CompletionRequest, Request
@@ -58,11 +59,12 @@ def completion_job(request: CompletionRequest, tokenizer: Tokenizer, context_len
 def _prompts(
     prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], tokenizer: Tokenizer
 ) -> list[list[int]]:
+    several: Any = prompt
     if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
-        prompt = [prompt]  # type: ignore[list-item]  # one prompt of either kind
-    if len(prompt) > MAX_PROMPTS:
+        several = [prompt]
+    if len(several) > MAX_PROMPTS:
         raise BadRequest(f"at most {MAX_PROMPTS} prompts", code="invalid_value", param="prompt")
-    ids = [tokenizer.encode(one) if isinstance(one, str) else list(one) for one in prompt]  # type: ignore[arg-type]
+    ids = [tokenizer.encode(one) if isinstance(one, str) else list(one) for one in several]
     if not all(ids):
         raise BadRequest("the prompt is empty", code="invalid_value", param="prompt")
     if any(token >= tokenizer.size for one in ids for token in one):

@@ -1,4 +1,4 @@
-"""The models behind the proxy: each with its client, its tokenizer and the check that they belong together."""
+"""The models behind the proxy: each with its client and its tokenizer, which must belong together."""
 
 from __future__ import annotations
 

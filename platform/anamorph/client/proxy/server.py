@@ -10,34 +10,51 @@ from pathlib import Path
 import uvicorn
 
 from anamorph.client.proxy.app import create_app
+from anamorph.client.proxy.served import Models
 from anamorph.client.proxy.settings import ProxySettings
 from anamorph.errors import SetupError
+
+_GRACE_S = 5
 
 
 def run(settings: ProxySettings) -> None:
     """Serve until interrupted (SIGINT or SIGTERM).
 
     Raises:
-        SetupError: a tokenizer is not the model's, the port is taken, or the key
-            service could not be asked; the log says which.
+        SetupError: a tokenizer is not the model's, or the port is taken.
+        ServiceError: the key service does not answer, or does not know tenant, model or API key.
     """
     with _listen(settings) as listener:
         asyncio.run(_serve(settings, listener))
 
 
 async def _serve(settings: ProxySettings, listener: socket.socket) -> None:
-    app = create_app(settings)
+    # Opened here and not in the application's own start, so that a refusal reaches the caller as it is.
+    models = await Models.open(settings)
     # No access log: it would say who asked when, and is of no use on one's own machine.
-    config = uvicorn.Config(app, access_log=False, log_level="warning", lifespan="on", server_header=False)
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    if server.started and settings.port_file is not None:
-        _write_port(settings.port_file, listener.getsockname()[1])
-    await serving
-    if not server.started:
-        raise SetupError("the proxy did not start; the lines above say why")
+    config = uvicorn.Config(
+        create_app(settings, models),
+        access_log=False,
+        log_level="warning",
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    await _Server(config, settings.port_file).serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says in a file where it listens, once it does."""
+
+    def __init__(self, config: uvicorn.Config, port_file: Path | None) -> None:
+        super().__init__(config)
+        self._port_file = port_file
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then write the file."""
+        await super().startup(sockets)
+        if self.started and self._port_file is not None and sockets:
+            _write_port(self._port_file, sockets[0].getsockname()[1])
 
 
 def _listen(settings: ProxySettings) -> socket.socket:

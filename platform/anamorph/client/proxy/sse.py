@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -41,16 +40,23 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """A stream of events that closes its source when it ends, for whatever reason."""
+    """A stream of events that ends what it stands on when it ends, for whatever reason.
+
+    Args:
+        source: the events.
+        ended: called last; closes what ``source`` reads from, which a source that was
+            never started would not do.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncGenerator[bytes], background: BackgroundTask | None = None) -> None:
-        super().__init__(headers={"Cache-Control": "no-store"}, background=background)
+    def __init__(self, source: AsyncGenerator[bytes], ended: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._source = source
+        self._ended = ended
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
         """Send the stream until it ends or the caller goes away."""
         try:
             await until_disconnect(receive, self._send(send))
@@ -58,6 +64,7 @@ class EventStream(Response):
             pass
         finally:
             await self._source.aclose()
+            await self._ended()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

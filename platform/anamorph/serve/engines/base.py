@@ -91,7 +91,9 @@ class Engine(Protocol):
         ...
 
 
-def finish_reason(token: int, produced: int, stop_ids: frozenset[int], max_tokens: int) -> FinishReason | None:
+def finish_reason(
+    token: int, produced: int, stop_ids: frozenset[int], max_tokens: int
+) -> FinishReason | None:
     """Whether the ``produced``-th token ends its sequence, and why."""
     if token in stop_ids:
         return "stop"

@@ -49,7 +49,7 @@ class _Row:
     position: int  # tokens generated before this one
 
 
-class Sampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transformers is untyped
+class Sampler(ContinuousBatchingLogitsProcessor):
     """Chooses the next token of every row of a batch.
 
     Args:

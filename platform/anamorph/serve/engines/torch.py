@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
@@ -66,10 +65,8 @@ def load(folder: Path, dtype: Dtype, capacity: Capacity, *, device: str | None =
         SetupError: transformers cannot load it.
     """
     _refuse_code(folder)
-    if "OMP_NUM_THREADS" in os.environ:  # Ray sets it to an actor's share, which says nothing of threads
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=_DTYPES.get(dtype, "auto"),
             use_safetensors=True,
@@ -200,7 +197,9 @@ def _delivered(token: int, produced: int, drawn: Drawn, stops: frozenset[int]) -
 
 def _manager(model: Any, capacity: Capacity, sampler: Sampler) -> Any:
     manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        generation_config=GenerationConfig.from_dict(
+            {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        ),
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=capacity.num_blocks,

@@ -1,0 +1,98 @@
+"""The ASGI application, built from the service that it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.routing import APIRoute
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from anamorph.telemetry import Telemetry
+from anamorph_keysvc import idempotency, problems
+from anamorph_keysvc.deps import refuse_foreign
+from anamorph_keysvc.idempotency import InFlight
+from anamorph_keysvc.metrics import build_metrics
+from anamorph_keysvc.routes import models, operations, platform, tenants, versions
+from anamorph_keysvc.service import usage
+from anamorph_keysvc.service.work import Service
+
+_log = logging.getLogger(__name__)
+
+_PROBLEM: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": "A problem (RFC 9457)",
+        "content": {problems.MEDIA_TYPE: {"schema": {"type": "object"}}},
+    }
+    for status in ("422", "default")
+}
+
+
+def build_app(service: Service, telemetry: Telemetry) -> FastAPI:
+    """The application around ``service``; its life includes the service's own background work."""
+
+    @asynccontextmanager
+    async def life(_app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(_background(service))
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    app = FastAPI(
+        title="Anamorph key service",
+        version=version("anamorph"),
+        lifespan=life,
+        openapi_url=None,
+        dependencies=[Depends(refuse_foreign)],
+        generate_unique_id_function=_operation_id,
+        max_body_size=service.limits.max_body_bytes,
+        middleware=[Middleware(NoStore)],
+        responses=_PROBLEM,
+    )
+    app.state.service = service
+    app.state.telemetry = telemetry
+    app.state.metrics = build_metrics(telemetry.meter, service.database)
+    app.state.in_flight = InFlight()
+    problems.install(app)
+    for module in (tenants, models, versions, operations, platform):
+        app.include_router(module.router)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+class NoStore:
+    """Forbids caches to keep anything: some answers are secrets, and none is worth caching."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and mark the answer."""
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"cache-control", b"no-store")]
+            await send(message)
+
+        await self.app(scope, receive, marked if scope["type"] == "http" else send)
+
+
+async def _background(service: Service) -> None:
+    """Begin due rotations and forget old answers, over and over."""
+    while True:
+        await asyncio.sleep(service.limits.background_interval_s)
+        for job in (usage.rotate_due, idempotency.forget_old):
+            try:
+                await asyncio.to_thread(job, service)
+            except Exception as error:  # noqa: BLE001 -- one bad round must not end all rotations
+                _log.error("background work failed: %s", type(error).__name__)

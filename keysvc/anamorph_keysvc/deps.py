@@ -1,0 +1,199 @@
+"""What routes ask for in their signatures: who may call, on what, and how the work is done.
+
+What touches the database is a plain function, which FastAPI runs in a thread; the
+rest is ``async``, only to be spared that hop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Header, Path, Request, Response
+from pydantic import BaseModel
+
+from anamorph import errors
+from anamorph.wire.admin import KeyVersionRead, Role
+from anamorph.wire.ids import Label
+from anamorph_keysvc import idempotency
+from anamorph_keysvc.credentials import Caller, authenticate, looks_like_ours
+from anamorph_keysvc.idempotency import InFlight
+from anamorph_keysvc.metrics import Metrics
+from anamorph_keysvc.service.work import Service, Work
+
+T = TypeVar("T", bound=BaseModel)
+
+_ETAG = re.compile(r'"([0-9]{1,9})"')
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def _metrics(request: Request) -> Metrics:
+    metrics: Metrics = request.app.state.metrics
+    return metrics
+
+
+async def _body(request: Request) -> bytes:
+    return await request.body()
+
+
+Authorization = Annotated[str | None, Header(include_in_schema=False)]
+TheService = Annotated[Service, Depends(_service)]
+TheMetrics = Annotated[Metrics, Depends(_metrics)]
+
+
+async def refuse_foreign(authorization: Authorization = None) -> None:
+    """Refuse a credential that is not ours, such as an inference token, even where none is needed."""
+    if authorization is not None and not looks_like_ours(authorization):
+        raise errors.Unauthenticated("this credential is not for the key service", code="unauthenticated")
+
+
+def _authenticated(service: TheService, authorization: Authorization = None) -> Caller:
+    with service.database.read() as session:
+        return authenticate(session, authorization)
+
+
+Authenticated = Annotated[Caller, Depends(_authenticated)]
+
+
+class Allow:
+    """Admits callers of some roles, to their own tenant only; the platform to every tenant."""
+
+    def __init__(self, *roles: Role, grant: bool = False) -> None:
+        self.roles = frozenset(roles)
+        self.grant = grant
+
+    async def __call__(self, request: Request, caller: Authenticated) -> Caller:
+        """The caller.
+
+        Raises:
+            Unauthenticated: a grant where none is taken.
+            NotFound: another tenant's object.
+            Forbidden: the caller's role is not among those admitted.
+        """
+        if caller.grant is not None:
+            if not self.grant:
+                raise errors.Unauthenticated("a grant is not taken here", code="unauthenticated")
+            return caller
+        tenant = request.path_params.get("tenant")
+        if caller.role is not Role.PLATFORM and tenant not in {None, caller.tenant}:
+            raise errors.NotFound("no such tenant", code="not_found")
+        if caller.role not in self.roles:
+            raise errors.Forbidden("this key's role does not admit that", code="forbidden")
+        return caller
+
+
+_TENANT_ROLES = (Role.ADMIN, Role.ROTATOR, Role.CLIENT, Role.MATERIALIZER, Role.AUDITOR)
+
+Platform = Annotated[Caller, Depends(Allow(Role.PLATFORM))]
+PlatformOrAdmin = Annotated[Caller, Depends(Allow(Role.PLATFORM, Role.ADMIN))]
+Admin = Annotated[Caller, Depends(Allow(Role.ADMIN))]
+AdminOrRotator = Annotated[Caller, Depends(Allow(Role.ADMIN, Role.ROTATOR))]
+Rotators = Annotated[Caller, Depends(Allow(Role.ADMIN, Role.ROTATOR, Role.PLATFORM))]
+Auditors = Annotated[Caller, Depends(Allow(Role.AUDITOR, Role.ADMIN))]
+Anyone = Annotated[Caller, Depends(Allow(*_TENANT_ROLES, Role.PLATFORM))]
+TokenHolders = Annotated[Caller, Depends(Allow(Role.CLIENT, Role.ADMIN, Role.PLATFORM))]
+ClientOrGrant = Annotated[Caller, Depends(Allow(Role.CLIENT, Role.ADMIN, grant=True))]
+PlatformOrGrant = Annotated[Caller, Depends(Allow(Role.PLATFORM, grant=True))]
+GrantOnly = Annotated[Caller, Depends(Allow(grant=True))]
+
+TenantId = Annotated[Label, Path()]
+ModelId = Annotated[Label, Path()]
+Version = Annotated[int, Path(ge=1, le=999_999_999)]
+
+
+async def _version_path(tenant: TenantId, model: ModelId, version: Version) -> tuple[str, str, int]:
+    return tenant, model, version
+
+
+At = Annotated[tuple[str, str, int], Depends(_version_path)]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Does a change for its caller: one transaction, under the Idempotency-Key if there is one."""
+
+    service: Service
+    actor: str
+    key: str | None
+    request_digest: str
+    in_flight: InFlight
+    expected: int | None
+    """The row version of an If-Match."""
+
+    def __call__(self, answer: type[T], action: Callable[[Work], T]) -> T:
+        """What ``action`` answers, or answered the first time."""
+        if self.key is None:
+            with self.service.work(self.actor) as work:
+                return action(work)
+        with self.in_flight.hold(self.actor, self.key), self.service.work(self.actor) as work:
+            return idempotency.once(work, self.key, self.request_digest, answer, action)
+
+    def version(self, response: Response, action: Callable[[Work], KeyVersionRead]) -> KeyVersionRead:
+        """As a call, for what answers a key version, whose ETag it sets."""
+        read = self(KeyVersionRead, action)
+        tag(response, read)
+        return read
+
+    def secret(self, action: Callable[[Work], T]) -> T:
+        """As a call, for an answer that holds a secret and so must not be stored.
+
+        Raises:
+            BadRequest: the caller sent an Idempotency-Key.
+        """
+        self.refuse_key()
+        with self.service.work(self.actor) as work:
+            return action(work)
+
+    def refuse_key(self) -> None:
+        """Refuse an Idempotency-Key.
+
+        Raises:
+            BadRequest: the caller sent one.
+        """
+        if self.key is not None:
+            raise errors.BadRequest(
+                "this answer holds a secret and is not kept: send no Idempotency-Key",
+                code="idempotency_not_supported",
+            )
+
+
+def tag(response: Response, read: KeyVersionRead) -> None:
+    """Set the ETag of a key version."""
+    response.headers["ETag"] = f'"{read.row_version}"'
+
+
+def _expected(if_match: str | None) -> int | None:
+    if if_match is None or if_match.strip() == "*":
+        return None
+    match = _ETAG.fullmatch(if_match.strip())
+    if match is None:
+        raise errors.BadRequest('If-Match takes one strong ETag, such as "3"', code="invalid_if_match")
+    return int(match[1])
+
+
+async def _mutation(
+    request: Request,
+    service: TheService,
+    caller: Authenticated,
+    body: Annotated[bytes, Depends(_body)],
+    idempotency_key: Annotated[str | None, Header()] = None,
+    if_match: Annotated[str | None, Header()] = None,
+) -> Mutation:
+    what = (request.method, request.url.path, if_match or "")
+    return Mutation(
+        service,
+        caller.actor,
+        None if idempotency_key is None else idempotency.check_key(idempotency_key),
+        idempotency.digest(*(part.encode() for part in what), body),
+        request.app.state.in_flight,
+        _expected(if_match),
+    )
+
+
+Do = Annotated[Mutation, Depends(_mutation)]

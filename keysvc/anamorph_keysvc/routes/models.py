@@ -1,0 +1,87 @@
+"""Models, rotation policies, rotation, inference tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from sqlmodel import col, select
+
+from anamorph.wire.admin import (
+    InferenceTokenRead,
+    ModelCreate,
+    ModelRead,
+    OperationRead,
+    Page,
+    Role,
+    RotationPolicy,
+    RotationPolicyPatch,
+)
+from anamorph.wire.ids import LABEL
+from anamorph_keysvc.deps import Admin, Anyone, Do, ModelId, Rotators, TenantId, TheService, TokenHolders
+from anamorph_keysvc.pages import DEFAULT_SIZE, PageSize, PageToken, page_of
+from anamorph_keysvc.service import lookup, rotation, tenants, tokens
+from anamorph_keysvc.tables import Model
+
+router = APIRouter(prefix="/v1/tenants/{tenant}", tags=["models"])
+
+OPERATOR = "operator"
+
+
+@router.post("/models", status_code=201)
+def create_model(_: Admin, tenant: TenantId, body: ModelCreate, do: Do) -> ModelRead:
+    """Register a model."""
+    return do(ModelRead, lambda work: tenants.create_model(work, tenant, body))
+
+
+@router.get("/models")
+def list_models(
+    _: Anyone, tenant: TenantId, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
+) -> Page[ModelRead]:
+    """A tenant's models."""
+    with service.database.read() as session:
+        lookup.tenant(session, tenant)
+        mine = select(Model).where(Model.tenant == tenant)
+        return page_of(session, mine, (col(Model.id),), lookup.model_read, page, limit)
+
+
+@router.get("/models/{model}")
+def get_model(_: Anyone, tenant: TenantId, model: ModelId, service: TheService) -> ModelRead:
+    """One model."""
+    with service.database.read() as session:
+        return lookup.model_read(lookup.model(session, tenant, model))
+
+
+@router.get("/models/{model}/rotation-policy")
+def get_policy(_: Admin, tenant: TenantId, model: ModelId, service: TheService) -> RotationPolicy:
+    """A model's rotation policy."""
+    with service.database.read() as session:
+        return lookup.policy_of(lookup.model(session, tenant, model))
+
+
+@router.patch("/models/{model}/rotation-policy")
+def update_policy(
+    _: Admin, tenant: TenantId, model: ModelId, body: RotationPolicyPatch, do: Do
+) -> RotationPolicy:
+    """Change some fields of a model's rotation policy."""
+    return do(RotationPolicy, lambda work: tenants.update_policy(work, tenant, model, body))
+
+
+@router.post("/models/{model}/keys:rotate", status_code=202)
+def rotate(_: Rotators, tenant: TenantId, model: ModelId, do: Do) -> OperationRead:
+    """Begin a rotation; 409 while one of this model is in flight."""
+    return do(OperationRead, lambda work: rotation.rotate(work, tenant, model))
+
+
+@router.post("/models/{model}/inference-tokens")
+def issue_inference_token(
+    caller: TokenHolders,
+    tenant: Annotated[str, Path(pattern=f"^{LABEL}$")],
+    model: ModelId,
+    service: TheService,
+    do: Do,
+) -> InferenceTokenRead:
+    """A short-lived token for the inference endpoint; the tenant ``plaintext`` is the platform's."""
+    do.refuse_key()
+    platform = caller.role is Role.PLATFORM
+    return tokens.issue(service, tenant, model, OPERATOR if platform else caller.actor)

@@ -1,0 +1,43 @@
+"""Operations of a tenant."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from sqlmodel import col, select
+
+from anamorph.wire.admin import OperationRead, Page
+from anamorph_keysvc.deps import Anyone, Do, Rotators, TenantId, TheService
+from anamorph_keysvc.pages import DEFAULT_SIZE, PageSize, PageToken, page_of
+from anamorph_keysvc.service import lookup, rotation
+from anamorph_keysvc.tables import Operation
+
+router = APIRouter(prefix="/v1/tenants/{tenant}/operations", tags=["operations"])
+
+OperationId = Annotated[str, Path(max_length=64, pattern=r"^[a-z0-9_]+$")]
+
+
+@router.get("")
+def list_operations(
+    _: Anyone, tenant: TenantId, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
+) -> Page[OperationRead]:
+    """A tenant's operations, by model and version."""
+    with service.database.read() as session:
+        lookup.tenant(session, tenant)
+        mine = select(Operation).where(Operation.tenant == tenant)
+        order = (col(Operation.model), col(Operation.version))
+        return page_of(session, mine, order, lookup.operation_read, page, limit)
+
+
+@router.get("/{operation}")
+def get_operation(_: Anyone, tenant: TenantId, operation: OperationId, service: TheService) -> OperationRead:
+    """One operation."""
+    with service.database.read() as session:
+        return lookup.operation_read(lookup.operation(session, tenant, operation))
+
+
+@router.post("/{operation}:cancel")
+def cancel_operation(_: Rotators, tenant: TenantId, operation: OperationId, do: Do) -> OperationRead:
+    """Cancel a rotation that is not active yet: its version becomes FAILED."""
+    return do(OperationRead, lambda work: rotation.cancel(work, tenant, operation))

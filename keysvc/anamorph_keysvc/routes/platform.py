@@ -1,0 +1,83 @@
+"""What the operator sees of all tenants, and what needs no credential: public keys and health."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from sqlmodel import col, select
+
+from anamorph import errors
+from anamorph.wire.admin import JwkSet, KeyVersionRead, ModelRead, Page
+from anamorph.wire.states import State
+from anamorph_keysvc.deps import Platform, TheService
+from anamorph_keysvc.pages import DEFAULT_SIZE, PageSize, PageToken, page_of
+from anamorph_keysvc.service import lookup, tokens
+from anamorph_keysvc.tables import KeyVersion, Model
+
+router = APIRouter(tags=["platform"])
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@router.get("/v1/versions")
+def all_versions(
+    _: Platform,
+    service: TheService,
+    state: State | None = None,
+    page: PageToken = None,
+    limit: PageSize = DEFAULT_SIZE,
+) -> Page[KeyVersionRead]:
+    """Key versions of all tenants."""
+    wanted = select(KeyVersion)
+    if state is not None:
+        wanted = wanted.where(KeyVersion.state == state)
+    order = (col(KeyVersion.tenant), col(KeyVersion.model), col(KeyVersion.version))
+    with service.database.read() as session:
+        return page_of(session, wanted, order, lookup.version_read, page, limit)
+
+
+@router.get("/v1/models")
+def all_models(
+    _: Platform, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
+) -> Page[ModelRead]:
+    """Models of all tenants."""
+    order = (col(Model.tenant), col(Model.id))
+    with service.database.read() as session:
+        return page_of(session, select(Model), order, lookup.model_read, page, limit)
+
+
+@router.get("/v1/inference-keys")
+def inference_keys(service: TheService) -> JwkSet:
+    """Public keys that inference tokens are verified with."""
+    with service.database.read() as session:
+        return tokens.public_keys(session)
+
+
+@router.get("/livez")
+async def livez() -> dict[str, str]:
+    """The process answers; says nothing of what it stands on."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz")
+def readyz(service: TheService) -> dict[str, str]:
+    """Database, signing key and wrapper work."""
+    service.wrapper.check()
+    with service.database.read() as session:
+        ready = bool(tokens.public_keys(session).keys)
+    if not ready:
+        raise errors.Unavailable("there is no signing key: run 'anamorph-keysvc init'", code="not_ready")
+    return {"status": "ready"}
+
+
+@router.get("/metrics", include_in_schema=False)
+def metrics(request: Request) -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(request.app.state.telemetry.prometheus(), media_type=PROMETHEUS)
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> JSONResponse:
+    """The API as OpenAPI."""
+    app: FastAPI = request.app
+    return JSONResponse(app.openapi())

@@ -1,0 +1,95 @@
+"""A place to build a replica in, so that what bears its name is whole.
+
+Beside OUT, a hidden folder holds a lock, a journal that says which fold it belongs to,
+and the replica so far. A killed fold finds its finished shards again; a failed one
+leaves nothing; a finished one becomes OUT by one rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from anamorph.errors import CheckpointError, ReplicaExists
+
+JOURNAL = "journal"
+CONTENT = "replica"
+
+
+@contextmanager
+def staged(out: Path, binding: str) -> Iterator[Path]:
+    """Yield the folder to fill; publish it as ``out`` at the end.
+
+    ``binding`` says what is being built: content of another binding is discarded.
+
+    Raises:
+        ReplicaExists: ``out`` exists.
+        CheckpointError: another process is building ``out``.
+    """
+    _refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.folding")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with _locked(folder):
+        try:
+            content = _bound(folder, binding)
+            yield content
+            _publish(content, out)
+        except Exception:
+            # Only a kill or an interrupt leaves work to resume; after an error it would be resumed into it.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder)
+
+
+def _refuse_existing(out: Path) -> None:
+    if os.path.lexists(out):
+        raise ReplicaExists(f"{out} exists, and a replica is never overwritten; choose another folder")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not _lock(descriptor, folder):
+            raise CheckpointError(f"another process is folding into {folder}; wait for it to finish")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The lock counts only if the folder is still the one that bears the name.
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _bound(folder: Path, binding: str) -> Path:
+    content, journal = folder / CONTENT, folder / JOURNAL
+    if not journal.exists() or journal.read_text(encoding="ascii") != binding:
+        shutil.rmtree(content, ignore_errors=True)
+        journal.write_text(binding, encoding="ascii")
+    content.mkdir(exist_ok=True)
+    return content
+
+
+def _publish(content: Path, out: Path) -> None:
+    _sync(content)
+    _refuse_existing(out)
+    content.rename(out)
+    _sync(out.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""Sharded safetensors, written front to back so that no shard is ever held in memory.
+
+The library can write a file only from tensors that all exist at once, so the format's
+frame (header length, JSON header, data) is written here; the library reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anamorph.checkpoint.reader import INDEX, SINGLE
+from anamorph.errors import CheckpointError
+from anamorph.plan import Step
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PARTIAL = ".part"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and the steps whose tensors it holds, in the order of its data."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return len(_frame(self)) + sum(map(nbytes, self.steps))
+
+
+def nbytes(step: Step) -> int:
+    """Size of the step's tensor in bytes."""
+    return math.prod(step.shape) * DTYPES[step.dtype].itemsize
+
+
+def lay_out(steps: Sequence[Step], max_shard_size: int) -> tuple[Shard, ...]:
+    """Fill shards in order up to ``max_shard_size`` bytes; a larger tensor has one to itself."""
+    groups: list[list[Step]] = []
+    room = 0
+    for step in steps:
+        if not groups or nbytes(step) > room:
+            groups.append([])
+            room = max_shard_size
+        groups[-1].append(step)
+        room -= nbytes(step)
+    if len(groups) == 1:
+        return (_shard(SINGLE, groups[0]),)
+    count = len(groups)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
+
+
+def _shard(name: str, steps: Iterable[Step]) -> Shard:
+    # Wide types first keeps every tensor aligned to its own width.
+    return Shard(name, tuple(sorted(steps, key=lambda step: -DTYPES[step.dtype].itemsize)))
+
+
+def _frame(shard: Shard) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for step in shard.steps:
+        start, end = end, end + nbytes(step)
+        header[step.name] = {"dtype": step.dtype, "shape": step.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+class ShardWriter:
+    """Writes one shard; the file has its name only once it is complete and on disk.
+
+    Use as a context manager, and call ``write`` with the tensors of ``shard.steps`` in
+    order, whole or in pieces of whole rows.
+    """
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._path = folder / shard.name
+        self._part = folder / (shard.name + PARTIAL)
+        self._size = shard.size
+        self._file = self._part.open("wb")
+        self._file.write(_frame(shard))
+
+    def write(self, piece: torch.Tensor) -> None:
+        """Append the bytes of ``piece``."""
+        data = piece.detach().cpu().contiguous().reshape(-1)
+        self._file.write(data.view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        try:
+            if failure is None:
+                self._complete()
+        finally:
+            self._file.close()
+        if failure is None:
+            self._part.rename(self._path)
+
+    def _complete(self) -> None:
+        self._file.flush()
+        if self._file.tell() != self._size:
+            raise CheckpointError(f"{self._path.name} has {self._file.tell()} bytes of {self._size}")
+        os.fsync(self._file.fileno())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, on disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """The index of several shards; a single one needs none."""
+    if len(shards) == 1:
+        return
+    total = sum(nbytes(step) for shard in shards for step in shard.steps)
+    weight_map = {step.name: shard.name for shard in shards for step in shard.steps}
+    write_json(
+        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )

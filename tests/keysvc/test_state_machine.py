@@ -1,0 +1,339 @@
+"""The state machine of key versions against an independent model of it, under random calls."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from sqlmodel import select
+
+from anamorph import errors
+from anamorph.wire.admin import Activation, Failure, RotationPolicyPatch, UsageReport
+from anamorph.wire.audit import first_break
+from anamorph.wire.states import State
+from anamorph_keysvc import audit
+from anamorph_keysvc.home import Home
+from anamorph_keysvc.service import lifecycle, materialization, release, rotation, tenants, usage
+from anamorph_keysvc.tables import Audit, KeyVersion, Operation
+
+if TYPE_CHECKING:
+    from tests.keysvc.conftest import World
+
+S = State
+AT = ("acme", "chat")
+GRACE = 60
+# State → states that each verb may be called in. Written from the design, not from the code.
+ADMITTED: dict[str, set[State]] = {
+    "suspend": {S.ACTIVE, S.DRAINING},
+    "revoke": {S.PENDING, S.MATERIALIZING, S.STAGED, S.ACTIVE, S.DRAINING, S.SUSPENDED, S.RETIRED},
+    "activate": {S.STAGED},
+    "destroy": {S.RETIRED, S.COMPROMISED, S.FAILED},
+}
+
+
+@dataclass
+class Known:
+    """What the model knows of one version."""
+
+    state: State = S.PENDING
+    back_to: State | None = None
+    drain_until: datetime | None = None
+    destroy_at: datetime | None = None
+    was_compromised: bool = False
+    transitions: int = 1
+    tokens: dict[str, int] = field(default_factory=dict)
+    grant: str | None = None
+    grant_used: bool = False
+
+    def goes(self, state: State) -> None:
+        self.state = state
+        self.transitions += 1
+        self.was_compromised |= state is S.COMPROMISED
+
+
+class KeyLife(RuleBasedStateMachine):
+    """Calls in any order; the service must agree with the model on every answer."""
+
+    opened: Callable[[Home], World]
+    template: Home
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        home = Home(Path(shutil.copytree(self.template.path, Path(self.folder.name) / "home")))
+        self.world = self.opened(home)
+        self.known: dict[int, Known] = {}
+        self.delay = 100
+
+    def teardown(self) -> None:
+        self.world.service.database.close()
+        self.folder.cleanup()
+
+    @initialize()
+    def register(self) -> None:
+        self.world.model()
+
+    # How calls are made and compared.
+
+    def pick(self, choice: int) -> int | None:
+        """One of the known versions; the newest ones are where most happens."""
+        return None if not self.known else sorted(self.known)[-1 - choice % len(self.known)]
+
+    def expect(self, allowed: bool, act: Callable[..., Any], *args: Any) -> Any:
+        """Call, and insist on a refusal exactly when the model refuses."""
+        try:
+            answer = self.world.do(act, *args)
+        except (errors.Conflict, errors.Gone, errors.Forbidden):
+            assert not allowed, f"{act.__name__} was refused"
+            return None
+        assert allowed, f"{act.__name__} was admitted"
+        return answer
+
+    @property
+    def now(self) -> datetime:
+        return self.world.clock.now
+
+    def having(self, *states: State) -> list[Known]:
+        return [known for known in self.known.values() if known.state in states]
+
+    # The calls.
+
+    @rule()
+    def rotate(self) -> None:
+        free = not self.having(S.PENDING, S.MATERIALIZING, S.STAGED)
+        answer = self.expect(free, rotation.rotate, *AT)
+        if answer is not None:
+            assert answer.version == len(self.known) + 1
+            self.known[answer.version] = Known()
+
+    @rule(choice=st.integers(0, 2))
+    def materialize(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        known = self.known[version]
+        allowed = known.state in {S.PENDING, S.MATERIALIZING}
+        answer = self.expect(allowed, materialization.materialize, *AT, version, None)
+        if answer is not None:
+            if known.state is S.PENDING:
+                known.goes(S.MATERIALIZING)
+            known.grant, known.grant_used = answer.secret, False
+
+    @rule(choice=st.integers(0, 1), step=st.sampled_from(["release", "stage", "stage", "fail"]))
+    def work_under_the_grant(self, choice: int, step: str) -> None:
+        version = self.pick(choice)
+        if version is None or self.known[version].grant is None:
+            return
+        known, holder = self.known[version], self.world.holder(self.known[version].grant or "")
+        running = known.state is S.MATERIALIZING
+        if step == "release":
+            answer = self.expect(running and not known.grant_used, release.to_job, holder, *AT, version)
+            known.grant_used |= answer is not None
+        elif step == "stage":
+            again = known.state not in {S.PENDING, S.MATERIALIZING} and self.staged_once(version)
+            allowed = again or (running and known.grant_used)
+            if self.expect(allowed, materialization.stage, holder, *AT, version, self.world.artifact):
+                if not again:
+                    known.goes(S.STAGED)
+        else:
+            self.fails(version, holder, running or known.state is S.FAILED)
+
+    def staged_once(self, version: int) -> bool:
+        with self.world.service.database.read() as session:
+            row = session.get(KeyVersion, (*AT, version))
+            return row is not None and row.artifact is not None
+
+    def fails(self, version: int, holder: Any, allowed: bool) -> None:
+        known = self.known[version]
+        answer = self.expect(allowed, materialization.fail, holder, *AT, version, Failure(reason="r"))
+        if answer is not None and known.state is not S.FAILED:
+            known.goes(S.FAILED)
+
+    @rule(choice=st.integers(0, 2))
+    def fail_as_platform(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is not None:
+            allowed = self.known[version].state in {S.PENDING, S.MATERIALIZING, S.STAGED, S.FAILED}
+            self.fails(version, None, allowed)
+
+    @rule(choice=st.integers(0, 1))
+    def cancel(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        with self.world.service.database.read() as session:
+            operation = session.exec(select(Operation).where(Operation.version == version)).one()
+        allowed = self.known[version].state in {S.PENDING, S.MATERIALIZING, S.STAGED}
+        again = operation.status.value == "cancelled"
+        if self.expect(allowed or again, rotation.cancel, "acme", operation.id) and not again:
+            self.known[version].goes(S.FAILED)
+
+    @rule(choice=st.integers(0, 1))
+    def activate(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        known, previous = self.known[version], self.having(S.ACTIVE)
+        body = Activation(endpoint="http://e")
+        if self.expect(known.state is S.STAGED, lifecycle.activate, *AT, version, None, body):
+            for old in previous:
+                old.goes(S.DRAINING)
+                old.drain_until = max(old.drain_until or self.now, self.now + timedelta(seconds=GRACE))
+            known.goes(S.ACTIVE)
+
+    @rule(choice=st.integers(0, 4))
+    def suspend(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        known = self.known[version]
+        if self.expect(known.state in ADMITTED["suspend"], lifecycle.suspend, *AT, version, None):
+            known.back_to = known.state
+            known.goes(S.SUSPENDED)
+
+    @rule(choice=st.integers(0, 4))
+    def resume(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        known = self.known[version]
+        taken = known.back_to is S.ACTIVE and bool(self.having(S.ACTIVE))
+        if self.expect(known.state is S.SUSPENDED and not taken, lifecycle.resume, *AT, version, None):
+            assert known.back_to is not None
+            known.goes(known.back_to)
+
+    @rule(choice=st.integers(0, 9))
+    def revoke(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None or choice < 5:  # seldom, or nothing lives long enough to be interesting
+            return
+        known = self.known[version]
+        if self.expect(known.state in ADMITTED["revoke"], lifecycle.revoke, *AT, version, None):
+            known.goes(S.COMPROMISED)
+
+    @rule(choice=st.integers(0, 4))
+    def retire(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        known = self.known[version]
+        allowed = (
+            known.state is S.DRAINING and known.drain_until is not None and self.now >= known.drain_until
+        )
+        if self.expect(allowed, lifecycle.retire, *AT, version, None):
+            known.goes(S.RETIRED)
+
+    @rule(choice=st.integers(0, 4))
+    def destroy(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        known = self.known[version]
+        origin = known.state
+        if self.expect(origin in ADMITTED["destroy"], lifecycle.destroy, *AT, version, None):
+            known.back_to = origin
+            known.destroy_at = max(known.destroy_at or self.now, self.now + timedelta(seconds=self.delay))
+            known.goes(S.DESTROY_SCHEDULED)
+
+    @rule(choice=st.integers(0, 4))
+    def restore(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        known = self.known[version]
+        allowed = known.state is S.DESTROY_SCHEDULED and known.back_to is S.RETIRED
+        assert not (allowed and known.was_compromised)
+        if self.expect(allowed, lifecycle.restore, *AT, version, None):
+            known.goes(S.RETIRED)
+
+    @rule(choice=st.integers(0, 4))
+    def destroyed(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        known = self.known[version]
+        due = known.destroy_at is not None and self.now >= known.destroy_at
+        if self.expect(known.state is S.DESTROY_SCHEDULED and due, lifecycle.destroyed, *AT, version, None):
+            known.goes(S.DESTROYED)
+
+    @rule(choice=st.integers(0, 4))
+    def release_to_client(self, choice: int) -> None:
+        version = self.pick(choice)
+        if version is not None:
+            allowed = self.known[version].state in {S.STAGED, S.ACTIVE, S.DRAINING}
+            self.expect(allowed, release.to_client, *AT, version)
+
+    @rule(choice=st.integers(0, 2), source=st.sampled_from("ab"), tokens=st.integers(0, 50))
+    def report(self, choice: int, source: str, tokens: int) -> None:
+        version = self.pick(choice)
+        if version is None:
+            return
+        counts = self.known[version].tokens
+        counts[source] = max(counts.get(source, 0), tokens)
+        answer = self.expect(True, usage.report, *AT, version, UsageReport(source=source, tokens=tokens))
+        assert answer.served_tokens == sum(counts.values())
+
+    @rule(seconds=st.sampled_from([1, 30, 70, 120]))
+    def time_passes(self, seconds: int) -> None:
+        self.world.clock.advance(seconds)
+
+    @rule(delay=st.sampled_from([0, 100, 500]))
+    def change_delay(self, delay: int) -> None:
+        self.world.do(tenants.update_policy, *AT, RotationPolicyPatch(destroy_delay_s=delay))
+        self.delay = delay
+
+    # What must hold after every call.
+
+    @invariant()
+    def the_service_agrees_with_the_model(self) -> None:
+        with self.world.service.database.read() as session:
+            rows = session.exec(select(KeyVersion)).all()
+        assert {row.version: row.state for row in rows} == {
+            version: known.state for version, known in self.known.items()
+        }
+        for row in rows:
+            known = self.known[row.version]
+            assert (row.drain_until, row.destroy_at) == (known.drain_until, known.destroy_at)
+            assert (row.ciphertext is None) == (known.state is S.DESTROYED)
+
+    @invariant()
+    def at_most_one_is_active(self) -> None:
+        assert len(self.having(S.ACTIVE)) <= 1
+        assert len(self.having(S.PENDING, S.MATERIALIZING, S.STAGED)) <= 1
+
+    @invariant()
+    def each_transition_has_one_row_in_an_unbroken_chain(self) -> None:
+        with self.world.service.database.read() as session:
+            rows = [audit.read(row) for row in session.exec(select(Audit).order_by("sequence"))]
+        assert first_break(rows, tenant="acme") is None
+        written: dict[str, int] = {}
+        for row in rows:
+            if "state" in row.detail:
+                written[row.subject] = written.get(row.subject, 0) + 1
+        expected = {f"chat/keys/{version}": known.transitions for version, known in self.known.items()}
+        assert written == expected
+
+
+def test_any_sequence_of_calls_keeps_the_invariants(
+    template: Home, open_homes: Callable[[Home], World]
+) -> None:
+    """Whatever is called in whatever order: same answers as the model, and every invariant holds."""
+    machine = type("Machine", (KeyLife,), {"template": template, "opened": staticmethod(open_homes)})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=True,
+        ),
+    )

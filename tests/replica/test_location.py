@@ -1,0 +1,81 @@
+"""Where a base may come from: the operator's allow-list, with links followed first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anamorph.errors import BaseRefused, SetupError
+from anamorph.replica.location import allowed_base, local_path
+
+
+@pytest.fixture
+def allowed(tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    (folder / "base").mkdir(parents=True)
+    (folder / "base" / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_base_under_a_prefix_is_allowed(allowed: Path) -> None:
+    """By path and by file URL; the prefix itself may be the base."""
+    base = allowed / "base"
+    assert allowed_base(str(base), [str(allowed)]) == base
+    assert allowed_base(f"file://{base}", ["/nowhere", str(allowed)]) == base
+    assert allowed_base(str(base), [str(base)]) == base
+
+
+@pytest.mark.parametrize("prefixes", [[], ["/nowhere"]])
+def test_no_matching_prefix_allows_nothing(allowed: Path, prefixes: list[str]) -> None:
+    """An empty list is not "everything"."""
+    with pytest.raises(BaseRefused):
+        allowed_base(str(allowed / "base"), prefixes)
+
+
+def test_a_prefix_ends_at_a_folder(allowed: Path, tmp_path: Path) -> None:
+    """``/models`` does not allow ``/models-of-others``."""
+    other = tmp_path / "models-of-others"
+    other.mkdir()
+    with pytest.raises(BaseRefused):
+        allowed_base(str(other), [str(allowed)])
+
+
+def test_dots_do_not_climb_out(allowed: Path, tmp_path: Path) -> None:
+    """A path with ``..`` is refused, wherever it leads."""
+    (tmp_path / "other").mkdir()
+    for path in (f"{allowed}/../other", f"{allowed}/base/../base"):
+        with pytest.raises(BaseRefused):
+            allowed_base(path, [str(allowed)])
+
+
+def test_a_linked_folder_counts_where_it_leads(allowed: Path, tmp_path: Path) -> None:
+    """A link inside the prefix to a folder outside is outside."""
+    (tmp_path / "other").mkdir()
+    (allowed / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(BaseRefused):
+        allowed_base(str(allowed / "link"), [str(allowed)])
+
+
+def test_a_linked_file_counts_where_it_leads(allowed: Path, tmp_path: Path) -> None:
+    """Shards that are links, as hub caches have them, must stay under the prefix too."""
+    (allowed / "blob").write_bytes(b"weights")
+    (allowed / "base" / "inside.safetensors").symlink_to(allowed / "blob")
+    assert allowed_base(str(allowed / "base"), [str(allowed)])
+    (tmp_path / "secret").write_bytes(b"")
+    (allowed / "base" / "outside.safetensors").symlink_to(tmp_path / "secret")
+    with pytest.raises(BaseRefused):
+        allowed_base(str(allowed / "base"), [str(allowed)])
+
+
+@pytest.mark.parametrize("base", ["memory://base", "/nowhere/at/all"])
+def test_what_is_no_folder_here_is_refused(base: str) -> None:
+    """A missing folder and an object store are no bases."""
+    with pytest.raises(BaseRefused):
+        allowed_base(base, ["/"])
+
+
+def test_an_unknown_scheme_is_an_error_of_the_setup() -> None:
+    """The message lists what would be right."""
+    with pytest.raises(SetupError, match="file, gs, memory, s3"):
+        local_path("ftp://host/x")
