@@ -43,6 +43,5 @@ def versions_by_state(database: Database) -> dict[State, int]:
     with database.read() as session:
         rows = session.exec(select(KeyVersion.state, func.count()).group_by(col(KeyVersion.state))).all()
     counted = dict.fromkeys(State, 0)
-    for state, count in rows:
-        counted[state] = count
+    counted.update({State(state): count for state, count in rows})
     return counted

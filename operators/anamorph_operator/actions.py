@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anamorph.wire.admin import Probe
+from anamorph.wire.admin import ModelRead, Probe
 from anamorph.wire.serving import Usage
 from anamorph_operator.state import Application, Ref
 
@@ -18,6 +18,7 @@ class StartJob:
     """Ask the key service for a grant and materialise in a process of its own."""
 
     ref: Ref
+    model: ModelRead
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,10 @@ class LocalOperator:
             "grant": grant.secret,
             "store": self._settings.store,
             "scratch": str(self._settings.scratch),
+            "base": action.model.base,
+            "profile": action.model.profile,
+            "dtype": action.model.dtype,
+            "allow_base": list(self._settings.allow_base),
         }
         await self._jobs.start(ref, order)
 

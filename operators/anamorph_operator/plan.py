@@ -197,7 +197,11 @@ def _start_jobs(desired: Desired, observed: Observed, now: datetime, limits: Lim
     free = limits.parallel_jobs - sum(job.running for job in observed.jobs.values())
     ready = [v for v in desired.versions if _startable(desired, observed, v, now, limits)]
     oldest = sorted(ready, key=lambda v: (v.created_at, Ref.of(v)))
-    return [StartJob(Ref.of(version)) for version in oldest[: max(0, free)]]
+    return [
+        StartJob(Ref.of(version), model)
+        for version in oldest[: max(0, free)]
+        if (model := desired.model_of(Ref.of(version))) is not None
+    ]
 
 
 def _startable(

@@ -1,13 +1,21 @@
-"""The command line in a process of its own, as users run it."""
+"""The command line in a process of its own, as users run it, and the key service it talks to."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from anamorph.wire.admin import ApiKeyCreate, KeyVersionRead, ModelCreate, Role, TenantCreate
+from anamorph.wire.keyservice import KeyService
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -27,3 +35,102 @@ def anamorph() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama checkpoint."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.4,
+    )
+    folder = tmp_path_factory.mktemp("bases") / "base"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running key service."""
+
+    url: str
+    platform: str
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The real key service in a process of its own, on a free port."""
+    home = tmp_path_factory.mktemp("keysvc") / "home"
+    command = [sys.executable, "-m", "anamorph_keysvc.main"]
+    subprocess.run([*command, "init", "--home", str(home)], check=True, capture_output=True)
+    port_file = home / "port"
+    serve = [*command, "serve", "--home", str(home), "--port", "0", "--port-file", str(port_file)]
+    process = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if port_file.exists():
+                break
+            assert process.poll() is None, "the key service ended"
+            time.sleep(0.1)
+        url = f"http://127.0.0.1:{port_file.read_text().strip()}"
+        yield Service(url, (home / "platform-admin.key").read_text().strip())
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class Materializing:
+    """A version in MATERIALIZING, and the order that an operator would write for it."""
+
+    def __init__(self, service: Service, base: Path, folder: Path) -> None:
+        self._service = service
+        self._base = base
+        self.store, self.scratch = folder / "store", folder / "scratch"
+        self.tenant = f"t{uuid.uuid4().hex[:12]}"
+        self.keys = KeyService(service.url, service.platform)
+        self.keys.create_tenant(TenantCreate(id=self.tenant))
+        admin = self.keys.create_api_key(self.tenant, ApiKeyCreate(name="admin", role=Role.ADMIN))
+        model = ModelCreate(id="chat", base=str(base), vocab_size=64, context_length=64)
+        with KeyService(service.url, admin.secret) as tenant:
+            tenant.create_model(self.tenant, model)
+            tenant.rotate(self.tenant, "chat")
+
+    def order(self, **changes: Any) -> dict[str, Any]:
+        """An order with a fresh grant."""
+        return {
+            "keysvc": self._service.url,
+            "tenant": self.tenant,
+            "model": "chat",
+            "version": 1,
+            "grant": self.keys.materialize(self.tenant, "chat", 1).secret,
+            "store": str(self.store),
+            "scratch": str(self.scratch),
+            "base": str(self._base),
+            "profile": "rotate",
+            "dtype": "float32",
+            "allow_base": [str(self._base.parent)],
+        } | changes
+
+    @property
+    def version(self) -> KeyVersionRead:
+        return self.keys.get_version(self.tenant, "chat", 1)
+
+
+@pytest.fixture
+def materializing(service: Service, base: Path, tmp_path: Path) -> Iterator[Materializing]:
+    made = Materializing(service, base, tmp_path)
+    yield made
+    made.keys.close()

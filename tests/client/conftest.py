@@ -7,7 +7,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from anamorph.cli.smollm2 import FOLDER, default_cache
 from anamorph.client import Client
 from anamorph.client.tokenizer import Tokenizer
-from anamorph.errors import NotFound
+from anamorph.errors import NotFound, Unavailable
 from anamorph.keys import TenantKey
 from anamorph.serve.answers import refusal
 from anamorph.serve.endpoint import Endpoint
@@ -37,7 +38,7 @@ from anamorph.wire.admin import (
     Role,
     TenantCreate,
 )
-from anamorph.wire.keyservice import KeyService
+from anamorph.wire.keyservice import KeyService, everything
 from anamorph.wire.serving import EngineSettings, KeyState, route_prefix
 from anamorph_keysvc import home as keysvc_home
 from anamorph_keysvc.app import build_app as build_keysvc
@@ -121,7 +122,8 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self.socket.close()
 
 
@@ -204,15 +206,15 @@ class Stack:
         }
         self.admin.create_model(self.tenant, ModelCreate.model_validate(record | changes))
 
-    def rotate(self, engine: Callable[[str], Any]) -> KeyVersionRead:
-        """Issue a version, serve it with ``engine(key_id)`` and make it ACTIVE."""
+    def rotate(self, **options: Any) -> KeyVersionRead:
+        """Issue a version, serve it on a fake engine and make it ACTIVE."""
         version = self.platform.rotate(self.tenant, self.model).version
         grant = self.platform.materialize(self.tenant, self.model, version).secret
         record = self.platform.get_version(self.tenant, self.model, version)
         with KeyService(self.keysvc_url, grant) as job:
             job.release(self.tenant, self.model, version, "materialize")
             job.stage(self.tenant, self.model, version, MATERIALIZED)
-        self.serve(record, engine(record.key_id))
+        self.serve(record, Faulty(record.key_id, vocab_size=self.tokenizer.size, **options))
         endpoint = self._cluster.url + route_prefix(self.tenant, self.model, version)
         return self.platform.activate(self.tenant, self.model, version, Activation(endpoint=endpoint))
 
@@ -236,15 +238,38 @@ class Stack:
         """Push a key state, as the operator does."""
         self.endpoint(version).reconfigure(KeyState(status=status, jwks=self.platform.inference_keys().keys))
 
+    def releases(self) -> int:
+        """How often a client has been given a key."""
+        rows = everything(self.admin.audit, self.tenant)
+        return sum(row.action == "release" and row.detail.get("purpose") == "client" for row in rows)
+
+    def stop_keysvc(self) -> None:
+        """From now on nobody answers there."""
+        self._keysvc.__exit__()
+
+    def running(self, version: int) -> int:
+        """Sequences that the engine of a version is computing."""
+        return self.endpoint(version).engine.load().running
+
+    wait_until = staticmethod(wait_until)
+
+
+class Faulty(FakeEngine):
+    """The fake engine with a fault that a test can bring about."""
+
+    fails = False
+
+    async def submit(self, prompt: Any, sampling: Any) -> AsyncGenerator[Any]:
+        async with aclosing(super().submit(prompt, sampling)) as tokens:
+            async for token in tokens:
+                if self.fails:
+                    raise Unavailable("the engine failed", code="unavailable")
+                yield token
+
 
 MATERIALIZED = Materialized(
     replica="file:///nowhere", manifest_sha256="0" * 64, probe=Probe(prompts=((1,),), expected=((1,),))
 )
-
-
-def fake(key_id: str, **options: Any) -> FakeEngine:
-    """The engine without a model, over the small tokenizer's vocabulary."""
-    return FakeEngine(key_id, **{"vocab_size": 400, **options})
 
 
 @pytest.fixture
@@ -264,7 +289,7 @@ def stack(keysvc_dir: Path, tokenizer: Tokenizer) -> Iterator[Stack]:
     """Key service and cluster with one ACTIVE version on the fake engine."""
     with Stack(keysvc_dir, tokenizer) as running:
         running.register()
-        running.rotate(fake)
+        running.rotate()
         yield running
         running.admin.close()
 

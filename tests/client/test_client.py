@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -65,11 +65,6 @@ def tokens(chunks: Iterator[Completion]) -> list[int]:
     return [token for chunk in chunks for choice in chunk.choices for token in choice.token_ids]
 
 
-def releases(stack: Stack) -> int:
-    rows = stack.platform_audit()
-    return sum(row.action == "release" and row.detail.get("purpose") == "client" for row in rows)
-
-
 def test_ids_come_back_plain(client: Client) -> None:
     """Plain ids go in, and what the engine said under encryption comes out plain."""
     answer = client.complete(PROMPT, max_tokens=4)
@@ -99,7 +94,7 @@ async def test_the_asynchronous_twin_does_the_same(stack: Stack, client: Client)
     assert answer.choices[0].token_ids == tokens(iter(chunks)) == expected(client, PROMPT, 4)
 
 
-def test_no_plain_id_crosses_the_wire(make: Callable[..., Client], wire: Recorder) -> None:
+def test_no_plain_id_crosses_the_wire(stack: Stack, make: Callable[..., Client], wire: Recorder) -> None:
     """Prompt, bias and stop ids are all encrypted; the API key stays out of the compute zone."""
     client = make()
     codec = client.lease().codec
@@ -108,8 +103,7 @@ def test_no_plain_id_crosses_the_wire(make: Callable[..., Client], wire: Recorde
     assert sent["prompt"] == codec.encrypt(PROMPT)
     assert sent["logit_bias"] == {str(codec.encrypt([5])[0]): 2.0}
     assert sent["stop_token_ids"] == codec.encrypt([6])
-    assert client._session is not None
-    assert "ana" not in wire.seen[0].headers["Authorization"][:10]
+    assert stack.api_key not in str(wire.seen[0].headers.raw)
 
 
 def test_stop_ids_and_logprobs_come_back_plain(client: Client) -> None:
@@ -119,7 +113,9 @@ def test_stop_ids_and_logprobs_come_back_plain(client: Client) -> None:
     assert (choice.finish_reason, choice.stop_reason) == ("stop", second)
     assert choice.logprobs is not None
     assert choice.logprobs.tokens == [f"token_id:{token}" for token in choice.token_ids]
-    assert all(name in top for name, top in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True))
+    assert all(
+        name in top for name, top in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], [[5], []], [400], [-1]])
@@ -136,7 +132,7 @@ def test_it_moves_to_the_new_version(stack: Stack, client: Client) -> None:
     stack.tell(1, "gone")
     after = client.complete(PROMPT, max_tokens=4)
     assert after.choices[0].token_ids == expected(client, PROMPT, 4)
-    assert (before.system_fingerprint != after.system_fingerprint) and ".v2." in after.system_fingerprint
+    assert (".v1." in before.system_fingerprint, ".v2." in after.system_fingerprint) == (True, True)
 
 
 def test_streams_move_too(stack: Stack, client: Client) -> None:
@@ -153,9 +149,9 @@ async def test_concurrent_requests_fetch_the_new_key_once(stack: Stack) -> None:
         await client.complete(PROMPT)
         stack.rotate()
         stack.tell(1, "gone")
-        before = releases(stack)
+        before = stack.releases()
         await asyncio.gather(*(client.complete([token]) for token in range(16)))
-    assert releases(stack) == before + 1
+    assert stack.releases() == before + 1
 
 
 def test_threads_share_one_fetch(stack: Stack, make: Callable[..., Client]) -> None:
@@ -173,18 +169,17 @@ def test_threads_share_one_fetch(stack: Stack, make: Callable[..., Client]) -> N
         thread.start()
     for thread in threads:
         thread.join()
-    assert (failed, releases(stack)) == ([], 1)
+    assert (failed, stack.releases()) == ([], 1)
 
 
 def test_a_stream_is_not_moved_once_it_has_begun(stack: Stack, client: Client) -> None:
     """What breaks after the first token is an error: nobody gets the end of another answer."""
     stack.rotate(delay_s=0.02)
-    client_chunks = client.stream(PROMPT, max_tokens=500)
-    with closing(client_chunks):  # type: ignore[type-var]
-        next(client_chunks)
-        stack.endpoint(2).engine.fail()  # type: ignore[attr-defined]
-        with pytest.raises(errors.StreamInterrupted):
-            list(client_chunks)
+    chunks = client.stream(PROMPT, max_tokens=500)
+    next(chunks)
+    vars(stack.endpoint(2).engine)["fails"] = True
+    with pytest.raises(errors.StreamInterrupted):
+        list(chunks)
 
 
 def test_leaving_a_stream_cancels_it(stack: Stack, client: Client) -> None:
@@ -192,12 +187,14 @@ def test_leaving_a_stream_cancels_it(stack: Stack, client: Client) -> None:
     stack.rotate(delay_s=0.02)
     chunks = client.stream(PROMPT, max_tokens=4000)
     next(chunks)
-    assert stack.endpoint(2).engine.load().running == 1
-    chunks.close()  # type: ignore[attr-defined]
-    stack.wait_until(lambda: stack.endpoint(2).engine.load().running == 0)
+    assert stack.running(2) == 1
+    chunks.close()
+    stack.wait_until(lambda: stack.running(2) == 0)
 
 
-def test_a_gone_key_without_successor_is_an_error(stack: Stack, make: Callable[..., Client], wire: Recorder) -> None:
+def test_a_gone_key_without_successor_is_an_error(
+    stack: Stack, make: Callable[..., Client], wire: Recorder
+) -> None:
     """Where the key service still names the version that is gone, the client does not ask for ever."""
     client = make()
     stack.tell(1, "gone")
@@ -294,18 +291,18 @@ class Clock:
 
 @pytest.fixture
 def clock() -> Clock:
-    import time
-
     return Clock(time.time())
 
 
-def test_a_key_is_dropped_at_the_end_of_its_lease(stack: Stack, make: Callable[..., Client], clock: Clock) -> None:
+def test_a_key_is_dropped_at_the_end_of_its_lease(
+    stack: Stack, make: Callable[..., Client], clock: Clock
+) -> None:
     """After ``client_cache_ttl_s`` the key is fetched anew, even if nothing has changed."""
     client = make(clock=clock)
     client.complete(PROMPT)
     clock.now += 301
     client.complete(PROMPT)
-    assert releases(stack) == 2
+    assert stack.releases() == 2
 
 
 def test_a_key_is_held_through_an_outage_but_not_beyond_its_lease(
@@ -335,9 +332,9 @@ def test_a_half_spent_lease_follows_a_rotation_by_itself(
 
 def test_a_foreign_api_key_learns_nothing(stack: Stack) -> None:
     """Without a valid API key there is neither key nor token."""
-    with Client(stack.keysvc_url, "wrong", stack.tenant, stack.model) as client:
-        with pytest.raises(errors.Unauthenticated):
-            client.complete(PROMPT)
+    foreign = Client(stack.keysvc_url, "wrong", stack.tenant, stack.model)
+    with foreign, pytest.raises(errors.Unauthenticated):
+        foreign.complete(PROMPT)
 
 
 def test_draining_is_what_the_old_version_does(stack: Stack) -> None:

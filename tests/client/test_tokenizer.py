@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anamorph.client.tokenizer import Tokenizer, chat_template_digest, token_text, tokenizer_digest
+from anamorph.client.tokenizer import Piece, Tokenizer, chat_template_digest, tokenizer_digest
 from anamorph.errors import BadRequest, SetupError
 
 
@@ -96,20 +96,21 @@ def test_a_template_that_refuses_is_the_callers_error(copied: Path) -> None:
 
 @settings(deadline=None)
 @given(text=st.text())
-def test_token_bytes_make_the_text(tokenizer: Tokenizer, text: str) -> None:
+def test_pieces_make_the_text(tokenizer: Tokenizer, text: str) -> None:
     """The bytes of a text's tokens, one after the other, are its UTF-8."""
-    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+    assert b"".join(tokenizer.piece(token).raw or b"" for token in tokenizer.encode(text)) == text.encode()
 
 
-def test_tokens_beyond_the_vocabulary_have_no_bytes(tokenizer: Tokenizer) -> None:
-    """Rows that pad an embedding stand for nothing."""
-    assert tokenizer.token_bytes(tokenizer.size + 5) == b""
+def test_tokens_without_text(tokenizer: Tokenizer) -> None:
+    """Special tokens show their name and no bytes; rows that pad an embedding show nothing."""
+    assert tokenizer.piece(2) == Piece("<|im_end|>", None)
+    assert tokenizer.piece(tokenizer.size + 5) == Piece("", b"")
 
 
-def test_half_characters_are_shown_as_bytes() -> None:
+def test_half_characters_are_shown_as_bytes(tokenizer: Tokenizer) -> None:
     """A token that is part of a character is shown unmistakably."""
-    assert token_text(b" caf\xc3\xa9") == " café"
-    assert token_text(b"\xf0\x9f") == "bytes:\\xf0\\x9f"
+    first = tokenizer.encode("𓀀")[0]
+    assert tokenizer.piece(first) == Piece("bytes:\\xf0", b"\xf0")
 
 
 def test_tokenizers_are_loaded_without_torch(tokenizer_folder: Path) -> None:

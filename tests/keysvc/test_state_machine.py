@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 S = State
 AT = ("acme", "chat")
 GRACE = 60
+MOSTLY, CHOICE = 6, st.integers(0, 7)
 # State → states that each verb may be called in. Written from the design, not from the code.
 ADMITTED: dict[str, set[State]] = {
     "suspend": {S.ACTIVE, S.DRAINING},
@@ -83,9 +84,11 @@ class KeyLife(RuleBasedStateMachine):
 
     # How calls are made and compared.
 
-    def pick(self, choice: int) -> int | None:
-        """One of the known versions; the newest ones are where most happens."""
-        return None if not self.known else sorted(self.known)[-1 - choice % len(self.known)]
+    def pick(self, choice: int, *states: State) -> int | None:
+        """One of the known versions; mostly, if there is one, one in a state that admits the call."""
+        fitting = [version for version, known in self.known.items() if known.state in states]
+        among = sorted(fitting if fitting and choice < MOSTLY else self.known)
+        return among[-1 - choice % len(among)] if among else None
 
     def expect(self, allowed: bool, act: Callable[..., Any], *args: Any) -> Any:
         """Call, and insist on a refusal exactly when the model refuses."""
@@ -114,9 +117,9 @@ class KeyLife(RuleBasedStateMachine):
             assert answer.version == len(self.known) + 1
             self.known[answer.version] = Known()
 
-    @rule(choice=st.integers(0, 2))
+    @rule(choice=CHOICE)
     def materialize(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.PENDING, S.MATERIALIZING)
         if version is None:
             return
         known = self.known[version]
@@ -127,9 +130,9 @@ class KeyLife(RuleBasedStateMachine):
                 known.goes(S.MATERIALIZING)
             known.grant, known.grant_used = answer.secret, False
 
-    @rule(choice=st.integers(0, 1), step=st.sampled_from(["release", "stage", "stage", "fail"]))
+    @rule(choice=CHOICE, step=st.sampled_from(["release", "stage", "stage", "fail"]))
     def work_under_the_grant(self, choice: int, step: str) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.MATERIALIZING)
         if version is None or self.known[version].grant is None:
             return
         known, holder = self.known[version], self.world.holder(self.known[version].grant or "")
@@ -140,9 +143,9 @@ class KeyLife(RuleBasedStateMachine):
         elif step == "stage":
             again = known.state not in {S.PENDING, S.MATERIALIZING} and self.staged_once(version)
             allowed = again or (running and known.grant_used)
-            if self.expect(allowed, materialization.stage, holder, *AT, version, self.world.artifact):
-                if not again:
-                    known.goes(S.STAGED)
+            answer = self.expect(allowed, materialization.stage, holder, *AT, version, self.world.artifact)
+            if answer is not None and not again:
+                known.goes(S.STAGED)
         else:
             self.fails(version, holder, running or known.state is S.FAILED)
 
@@ -157,16 +160,34 @@ class KeyLife(RuleBasedStateMachine):
         if answer is not None and known.state is not S.FAILED:
             known.goes(S.FAILED)
 
-    @rule(choice=st.integers(0, 2))
+    @rule()
+    def carry_on(self) -> None:
+        """The next step of a rotation, whichever it is: random calls alone seldom get far."""
+        newest = self.known[max(self.known)] if self.known else None
+        if newest is None or newest.state not in {S.PENDING, S.MATERIALIZING, S.STAGED}:
+            self.rotate()
+        elif newest.state is S.PENDING:
+            self.materialize(0)
+        elif newest.state is S.MATERIALIZING:
+            self.work_under_the_grant(0, "stage" if newest.grant_used else "release")
+        else:
+            self.activate(0)
+
+    @rule(steps=st.integers(2, 10))
+    def carry_on_for_long(self, steps: int) -> None:
+        for _ in range(steps):
+            self.carry_on()
+
+    @rule(choice=CHOICE)
     def fail_as_platform(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.STAGED)
         if version is not None:
             allowed = self.known[version].state in {S.PENDING, S.MATERIALIZING, S.STAGED, S.FAILED}
             self.fails(version, None, allowed)
 
-    @rule(choice=st.integers(0, 1))
+    @rule(choice=CHOICE)
     def cancel(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.PENDING, S.MATERIALIZING, S.STAGED)
         if version is None:
             return
         with self.world.service.database.read() as session:
@@ -176,9 +197,9 @@ class KeyLife(RuleBasedStateMachine):
         if self.expect(allowed or again, rotation.cancel, "acme", operation.id) and not again:
             self.known[version].goes(S.FAILED)
 
-    @rule(choice=st.integers(0, 1))
+    @rule(choice=CHOICE)
     def activate(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.STAGED)
         if version is None:
             return
         known, previous = self.known[version], self.having(S.ACTIVE)
@@ -189,9 +210,9 @@ class KeyLife(RuleBasedStateMachine):
                 old.drain_until = max(old.drain_until or self.now, self.now + timedelta(seconds=GRACE))
             known.goes(S.ACTIVE)
 
-    @rule(choice=st.integers(0, 4))
+    @rule(choice=CHOICE)
     def suspend(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.ACTIVE, S.DRAINING)
         if version is None:
             return
         known = self.known[version]
@@ -199,9 +220,9 @@ class KeyLife(RuleBasedStateMachine):
             known.back_to = known.state
             known.goes(S.SUSPENDED)
 
-    @rule(choice=st.integers(0, 4))
+    @rule(choice=CHOICE)
     def resume(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.SUSPENDED)
         if version is None:
             return
         known = self.known[version]
@@ -210,18 +231,18 @@ class KeyLife(RuleBasedStateMachine):
             assert known.back_to is not None
             known.goes(known.back_to)
 
-    @rule(choice=st.integers(0, 9))
+    @rule(choice=CHOICE)
     def revoke(self, choice: int) -> None:
-        version = self.pick(choice)
-        if version is None or choice < 5:  # seldom, or nothing lives long enough to be interesting
+        version = self.pick(choice, *ADMITTED["revoke"])
+        if version is None or choice % 3:  # seldom, or nothing lives long enough to be interesting
             return
         known = self.known[version]
         if self.expect(known.state in ADMITTED["revoke"], lifecycle.revoke, *AT, version, None):
             known.goes(S.COMPROMISED)
 
-    @rule(choice=st.integers(0, 4))
+    @rule(choice=CHOICE)
     def retire(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.DRAINING)
         if version is None:
             return
         known = self.known[version]
@@ -231,9 +252,9 @@ class KeyLife(RuleBasedStateMachine):
         if self.expect(allowed, lifecycle.retire, *AT, version, None):
             known.goes(S.RETIRED)
 
-    @rule(choice=st.integers(0, 4))
+    @rule(choice=CHOICE)
     def destroy(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.RETIRED, S.COMPROMISED, S.FAILED)
         if version is None:
             return
         known = self.known[version]
@@ -243,9 +264,9 @@ class KeyLife(RuleBasedStateMachine):
             known.destroy_at = max(known.destroy_at or self.now, self.now + timedelta(seconds=self.delay))
             known.goes(S.DESTROY_SCHEDULED)
 
-    @rule(choice=st.integers(0, 4))
+    @rule(choice=CHOICE)
     def restore(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.DESTROY_SCHEDULED)
         if version is None:
             return
         known = self.known[version]
@@ -254,9 +275,9 @@ class KeyLife(RuleBasedStateMachine):
         if self.expect(allowed, lifecycle.restore, *AT, version, None):
             known.goes(S.RETIRED)
 
-    @rule(choice=st.integers(0, 4))
+    @rule(choice=CHOICE)
     def destroyed(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.DESTROY_SCHEDULED)
         if version is None:
             return
         known = self.known[version]
@@ -264,14 +285,14 @@ class KeyLife(RuleBasedStateMachine):
         if self.expect(known.state is S.DESTROY_SCHEDULED and due, lifecycle.destroyed, *AT, version, None):
             known.goes(S.DESTROYED)
 
-    @rule(choice=st.integers(0, 4))
+    @rule(choice=CHOICE)
     def release_to_client(self, choice: int) -> None:
-        version = self.pick(choice)
+        version = self.pick(choice, S.STAGED, S.ACTIVE, S.DRAINING)
         if version is not None:
             allowed = self.known[version].state in {S.STAGED, S.ACTIVE, S.DRAINING}
             self.expect(allowed, release.to_client, *AT, version)
 
-    @rule(choice=st.integers(0, 2), source=st.sampled_from("ab"), tokens=st.integers(0, 50))
+    @rule(choice=CHOICE, source=st.sampled_from("ab"), tokens=st.integers(0, 50))
     def report(self, choice: int, source: str, tokens: int) -> None:
         version = self.pick(choice)
         if version is None:
@@ -330,8 +351,8 @@ def test_any_sequence_of_calls_keeps_the_invariants(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40,
-            stateful_step_count=40,
+            max_examples=30,
+            stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             derandomize=True,

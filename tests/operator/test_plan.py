@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from anamorph.wire.admin import KeyVersionRead
+from anamorph.wire.admin import KeyVersionRead, ModelRead
 from anamorph.wire.serving import Usage
 from anamorph.wire.states import State
 from anamorph_operator.actions import (
@@ -61,34 +61,36 @@ def test_the_door_is_applied_first_even_with_nothing_to_serve(
 
 
 def test_a_new_version_is_materialised(
-    desired: Want, version: Build, empty: Observed, now: datetime, ref: RefOf
+    desired: Want, version: Build, empty: Observed, now: datetime, ref: RefOf, model: ModelRead
 ) -> None:
     """PENDING leads to a job."""
-    assert others(plan(desired(version(1, State.PENDING)), empty, now)) == [StartJob(ref(1))]
+    assert others(plan(desired(version(1, State.PENDING)), empty, now)) == [StartJob(ref(1), model)]
 
 
 def test_a_restarted_operator_takes_up_a_materialising_version(
-    desired: Want, version: Build, empty: Observed, now: datetime, ref: RefOf
+    desired: Want, version: Build, empty: Observed, now: datetime, ref: RefOf, model: ModelRead
 ) -> None:
     """MATERIALIZING without a job is started again: its grant died with the former operator."""
-    assert others(plan(desired(version(1, State.MATERIALIZING)), empty, now)) == [StartJob(ref(1))]
+    assert others(plan(desired(version(1, State.MATERIALIZING)), empty, now)) == [StartJob(ref(1), model)]
 
 
-def test_jobs_are_bounded(desired: Want, version: Build, empty: Observed, now: datetime, ref: RefOf) -> None:
+def test_jobs_are_bounded(
+    desired: Want, version: Build, empty: Observed, now: datetime, ref: RefOf, model: ModelRead
+) -> None:
     """With one job at a time the second version waits, also while the first runs."""
     want = desired(version(1, State.PENDING), version(2, State.PENDING))
-    assert others(plan(want, empty, now)) == [StartJob(ref(1))]
+    assert others(plan(want, empty, now)) == [StartJob(ref(1), model)]
     assert others(plan(want, replace(empty, jobs={ref(1): Job(True, 1)}), now)) == []
 
 
 def test_a_failed_job_is_retried_after_a_pause(
-    desired: Want, version: Build, empty: Observed, now: datetime, later: Later, ref: RefOf
+    desired: Want, version: Build, empty: Observed, now: datetime, later: Later, ref: RefOf, model: ModelRead
 ) -> None:
     """A crash is retried with backoff, not at once."""
     want = desired(version(1, State.MATERIALIZING))
     seen = replace(empty, jobs={ref(1): Job(False, 1, 1, now)})
     assert others(plan(want, seen, later(1))) == []
-    assert others(plan(want, seen, later(2))) == [StartJob(ref(1))]
+    assert others(plan(want, seen, later(2))) == [StartJob(ref(1), model)]
 
 
 def test_a_job_that_keeps_failing_fails_its_version(

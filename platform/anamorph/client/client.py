@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -84,7 +84,7 @@ class Client:
         answer, lease = self._run(self._session.request(prompt, options), stream=False)
         return decrypt_completion(lease.codec, answer)
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Completion]:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Completion]:
         """As :meth:`complete`, chunk by chunk; the last chunk carries usage and no choices.
 
         Closing the iterator cancels the generation. Nothing is repeated once the
@@ -139,7 +139,7 @@ class Client:
             self._http, lease.endpoint, step.request, token=step.token, key_id=lease.key_id, headers=headers
         )
 
-    def _open(self, step: Send) -> Iterator[Completion]:
+    def _open(self, step: Send) -> Generator[Completion]:
         """The stream with its first chunk read, so that an early error can still be repaired."""
         lease, request = step.lease, step.request | _STREAM
         chunks = completions.stream(
@@ -183,7 +183,7 @@ class AsyncClient:
         answer, lease = await self._run(self._session.request(prompt, options), stream=False)
         return decrypt_completion(lease.codec, answer)
 
-    async def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[Completion]:
+    async def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Completion]:
         """Asynchronous twin of :meth:`Client.stream`; use it under ``contextlib.aclosing``."""
         chunks, lease = await self._run(self._session.request(prompt, options), stream=True)
         async with aclosing(chunks):
@@ -234,7 +234,7 @@ class AsyncClient:
             self._http, lease.endpoint, step.request, token=step.token, key_id=lease.key_id, headers=headers
         )
 
-    async def _open(self, step: Send) -> AsyncIterator[Completion]:
+    async def _open(self, step: Send) -> AsyncGenerator[Completion]:
         lease, request = step.lease, step.request | _STREAM
         chunks = completions.astream(
             self._http, lease.endpoint, request, token=step.token, key_id=lease.key_id, headers=_trace()
@@ -242,14 +242,14 @@ class AsyncClient:
         return _achain(await anext(chunks), chunks)
 
 
-def _chain(first: Completion, rest: Iterator[Completion]) -> Iterator[Completion]:
-    with closing(rest):  # type: ignore[type-var]  # a generator, which has close()
+def _chain(first: Completion, rest: Generator[Completion]) -> Generator[Completion]:
+    with closing(rest):
         yield first
         yield from rest
 
 
-async def _achain(first: Completion, rest: AsyncIterator[Completion]) -> AsyncIterator[Completion]:
-    async with aclosing(rest):  # type: ignore[type-var]  # a generator, which has aclose()
+async def _achain(first: Completion, rest: AsyncGenerator[Completion]) -> AsyncGenerator[Completion]:
+    async with aclosing(rest):
         yield first
         async for chunk in rest:
             yield chunk

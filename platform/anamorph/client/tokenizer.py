@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenizers import AddedToken
 
 from anamorph.errors import BadRequest, SetupError
 
@@ -37,6 +40,19 @@ def chat_template_digest(folder: str | Path) -> str | None:
     return None if template is None else _digest(template)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One token as logprobs show it.
+
+    ``raw`` are the bytes it adds to the text, ``None`` for a special token, which adds
+    none; ``text`` reads as they do, or spells them out where they are part of a
+    character, or is the special token's name.
+    """
+
+    text: str
+    raw: bytes | None
+
+
 class Tokenizer:
     """Text to ids and back, and chats to prompts; loaded without torch.
 
@@ -54,9 +70,7 @@ class Tokenizer:
         self._template = _chat_template(self.folder)
         self._tokenizer = _load(self.folder)
         self._byte_level = _is_byte_level(self._tokenizer.backend_tokenizer.to_str())
-        self._added: dict[int, str] = {
-            id_: token.content for id_, token in self._tokenizer.added_tokens_decoder.items()
-        }
+        self._added: dict[int, AddedToken] = self._tokenizer.added_tokens_decoder
 
     @property
     def size(self) -> int:
@@ -102,22 +116,23 @@ class Tokenizer:
             ) from None
         return list(ids)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; of a special token, its name."""
-        if token_id in self._added:
-            return self._added[token_id].encode()
+    def piece(self, token_id: int) -> Piece:
+        """What a token stands for."""
+        added = self._added.get(token_id)
+        if added is not None:
+            return Piece(added.content, None if added.special else added.content.encode())
         piece: str | None = self._tokenizer.backend_tokenizer.id_to_token(token_id)
         if piece is None:
-            return b""  # rows of the embedding beyond the tokenizer's vocabulary
-        return _byte_level(piece) if self._byte_level else _sentence_piece(piece)
+            return Piece("", b"")  # rows of the embedding beyond the tokenizer's vocabulary
+        raw = _byte_level(piece) if self._byte_level else _sentence_piece(piece)
+        return Piece(_shown(raw), raw)
 
 
-def token_text(token: bytes) -> str:
-    """A token as logprobs show it: its text, or escaped bytes where it is part of a character."""
+def _shown(raw: bytes) -> str:
     try:
-        return token.decode()
+        return raw.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _load(folder: Path) -> Any:

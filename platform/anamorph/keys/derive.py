@@ -19,6 +19,8 @@ CHECK_BYTES = 8
 VOCAB = "vocab"
 MANIFEST = "manifest"
 KCV = "kcv"
+# Reserved: no table gives one of these names to an axis, except vocab, which is one.
+PURPOSES = frozenset({VOCAB, MANIFEST, KCV, "plan", "fold", "compare"})
 
 
 def encode_context(*items: str) -> bytes:

@@ -11,7 +11,7 @@ the generation on the server.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,7 +79,7 @@ def stream(
     token: str,
     key_id: str | None = None,
     headers: Mapping[str, str] | None = None,
-) -> Iterator[Completion]:
+) -> Generator[Completion]:
     """A streamed completion, chunk by chunk; arguments and errors as :func:`complete`.
 
     Raises:
@@ -113,7 +113,7 @@ async def astream(
     token: str,
     key_id: str | None = None,
     headers: Mapping[str, str] | None = None,
-) -> AsyncIterator[Completion]:
+) -> AsyncGenerator[Completion]:
     """Asynchronous twin of :func:`stream`; use it under ``contextlib.aclosing``."""
     body, call = _prepare(endpoint, request, token, key_id, headers, stream=True)
     with _unreachable():

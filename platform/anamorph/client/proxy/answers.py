@@ -11,7 +11,7 @@ from anamorph.client.detokenize import Detokenizer
 from anamorph.client.exchange import token_id
 from anamorph.client.proxy.jobs import Job
 from anamorph.client.stops import StopFinder
-from anamorph.client.tokenizer import Tokenizer
+from anamorph.client.tokenizer import Piece, Tokenizer
 from anamorph.wire.inference import Choice, CompletionUsage, Logprobs
 
 # Enough of a prompt's end to hold any character and the word before it.
@@ -20,12 +20,12 @@ _CONTEXT = 8
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token of an answer: its bytes, where its text starts, and the most likely ones there."""
+    """One token of an answer: where its text starts, and the most likely ones at its place."""
 
-    token: bytes
+    token: Piece
     logprob: float | None
     offset: int
-    top: tuple[tuple[bytes, float], ...]
+    top: tuple[tuple[Piece, float], ...]
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,18 @@ class Answer:
     def _logprob(self, logprobs: Logprobs, position: int) -> TokenLogprob:
         top = logprobs.top_logprobs[position] if position < len(logprobs.top_logprobs) else {}
         return TokenLogprob(
-            self._bytes(logprobs.tokens[position]),
+            self._piece(logprobs.tokens[position]),
             logprobs.token_logprobs[position],
             self._read,
             self._top(top),
         )
 
-    def _top(self, top: Mapping[str, float]) -> tuple[tuple[bytes, float], ...]:
+    def _top(self, top: Mapping[str, float]) -> tuple[tuple[Piece, float], ...]:
         ranked = sorted(top.items(), key=lambda item: -item[1])
-        return tuple((self._bytes(name), value) for name, value in ranked)
+        return tuple((self._piece(name), value) for name, value in ranked)
 
-    def _bytes(self, name: str) -> bytes:
-        return self._tokenizer.token_bytes(token_id(name))
+    def _piece(self, name: str) -> Piece:
+        return self._tokenizer.piece(token_id(name))
 
 
 async def answer(
@@ -112,7 +112,7 @@ async def answer(
     """
     answers = [Answer(index, job, tokenizer) for index in range(job.choices)]
     tokens, usage = 0, None
-    async with aclosing(client.stream(job.prompts, **job.options)) as chunks:  # type: ignore[type-var]
+    async with aclosing(client.stream(job.prompts, **job.options)) as chunks:
         async for chunk in chunks:
             usage = chunk.usage or usage
             for choice in chunk.choices:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 from anamorph import errors
 from anamorph.client.proxy.answers import Delta, TokenLogprob
-from anamorph.client.tokenizer import token_text
+from anamorph.client.tokenizer import Piece
 from anamorph.wire import problems
 from anamorph.wire.inference import CompletionUsage
 
@@ -162,23 +162,24 @@ def _joined(deltas: Sequence[Delta]) -> Iterator[tuple[int, str, list[TokenLogpr
         yield index, "".join(delta.text for delta in own), tokens, own[-1].finish_reason
 
 
-def _entry(token: bytes, logprob: float | None) -> dict[str, Any]:
-    return {"token": token_text(token), "bytes": list(token), "logprob": logprob}
+def _entry(token: Piece, logprob: float | None) -> dict[str, Any]:
+    raw = None if token.raw is None else list(token.raw)
+    return {"token": token.text, "bytes": raw, "logprob": logprob}
 
 
 def _legacy(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Logprobs of a completion. ``text_offset`` counts characters from the start of the answer's text."""
     return {
-        "tokens": [token_text(one.token) for one in tokens],
+        "tokens": [one.token.text for one in tokens],
         "token_logprobs": [one.logprob for one in tokens],
         "top_logprobs": [_first_wins(one.top) for one in tokens],
         "text_offset": [one.offset for one in tokens],
     }
 
 
-def _first_wins(top: Sequence[tuple[bytes, float]]) -> dict[str, float]:
+def _first_wins(top: Sequence[tuple[Piece, float]]) -> dict[str, float]:
     # Two tokens may read the same; the likelier one comes first and keeps the name.
     out: dict[str, float] = {}
     for token, value in top:
-        out.setdefault(token_text(token), value)
+        out.setdefault(token.text, value)
     return out
