@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from anamorph.wire.admin import ApiKeyCreate, KeyVersionRead, ModelCreate, Role, TenantCreate
-from anamorph.wire.keyservice import KeyService
+from anamorph.wire.keyservice import KeyService, everything
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -104,9 +104,18 @@ class Materializing:
         self.keys.create_tenant(TenantCreate(id=self.tenant))
         admin = self.keys.create_api_key(self.tenant, ApiKeyCreate(name="admin", role=Role.ADMIN))
         model = ModelCreate(id="chat", base=str(base), vocab_size=64, context_length=64)
-        with KeyService(service.url, admin.secret) as tenant:
-            tenant.create_model(self.tenant, model)
-            tenant.rotate(self.tenant, "chat")
+        self.admin = KeyService(service.url, admin.secret)
+        self.admin.create_model(self.tenant, model)
+        self.admin.rotate(self.tenant, "chat")
+
+    def audit(self) -> list[str]:
+        """What the key service has written down about the tenant."""
+        return [row.action for row in everything(self.admin.audit, self.tenant)]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.keys.close()
+        self.admin.close()
 
     def order(self, **changes: Any) -> dict[str, Any]:
         """An order with a fresh grant."""
@@ -133,4 +142,4 @@ class Materializing:
 def materializing(service: Service, base: Path, tmp_path: Path) -> Iterator[Materializing]:
     made = Materializing(service, base, tmp_path)
     yield made
-    made.keys.close()
+    made.close()

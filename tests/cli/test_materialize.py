@@ -74,9 +74,9 @@ def test_neither_grant_nor_root_is_left_anywhere(
     """Raw, hex or base64: in no file of store or scratch, and nothing printed."""
     order = materializing.order()
     transport = Watched(fail_at=":stage")
-    with KeyService(order["keysvc"], order["grant"], transport=transport) as keys:
-        with pytest.raises(ServiceError) as caught:
-            run(Order.model_validate(order), keys)
+    keys = KeyService(order["keysvc"], order["grant"], transport=transport)
+    with keys, pytest.raises(ServiceError) as caught:
+        run(Order.model_validate(order), keys)
     files = [path for top in (materializing.store, materializing.scratch) for path in top.rglob("*")]
     content = b"".join(path.read_bytes() for path in files if path.is_file())
     printed = "".join(capfd.readouterr()) + repr(caught.value) + repr(Order.model_validate(order))
@@ -91,9 +91,9 @@ def test_neither_grant_nor_root_is_left_anywhere(
 def test_a_replica_published_by_a_killed_job_is_reused(anamorph: Run, materializing: Any) -> None:
     """Killed between publishing and reporting: the next job stages the very same replica."""
     order = materializing.order()
-    with KeyService(order["keysvc"], order["grant"], transport=Watched(fail_at=":stage")) as keys:
-        with pytest.raises(ServiceError):
-            run(Order.model_validate(order), keys)
+    keys = KeyService(order["keysvc"], order["grant"], transport=Watched(fail_at=":stage"))
+    with keys, pytest.raises(ServiceError):
+        run(Order.model_validate(order), keys)
     published = materializing.store / materializing.tenant / "chat" / "v1"
     before = {path.name: path.stat().st_mtime_ns for path in published.iterdir()}
     assert job(anamorph, materializing.order()).returncode == 0
@@ -140,6 +140,8 @@ def test_a_base_outside_the_allow_list_fails_for_good(anamorph: Run, materializi
     version = materializing.version
     assert version.state is State.FAILED
     assert "--allow-base" in version.failure
+    assert "materialize" in materializing.audit()
+    assert not any("release" in action for action in materializing.audit())
     assert not materializing.store.exists()
 
 

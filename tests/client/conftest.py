@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
+from openai import AsyncOpenAI, OpenAI
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from anamorph.cli.smollm2 import FOLDER, default_cache
 from anamorph.client import Client
+from anamorph.client.proxy import ProxySettings, create_app
 from anamorph.client.tokenizer import Tokenizer
 from anamorph.errors import NotFound, Unavailable
 from anamorph.keys import TenantKey
@@ -160,12 +164,19 @@ class Engines:
 
 
 class Stack:
-    """A key service and engines on real sockets; the operator's part is played by ``rotate``."""
+    """A key service and engines on real sockets; the operator's part is played by ``rotate``.
+
+    Args:
+        home: of the key service.
+        tokenizer: the model's.
+        make_engine: called with the key of each version.
+    """
 
     tenant, model = "acme", "chat"
 
-    def __init__(self, home: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, home: Path, tokenizer: Tokenizer, make_engine: Callable[..., Any]) -> None:
         self.tokenizer = tokenizer
+        self._make_engine = make_engine
         self.engines = Engines()
         self.service = keysvc_home.open_service(
             Home(home), production=False, clock=lambda: datetime.now(UTC), entropy=os.urandom
@@ -207,14 +218,15 @@ class Stack:
         self.admin.create_model(self.tenant, ModelCreate.model_validate(record | changes))
 
     def rotate(self, **options: Any) -> KeyVersionRead:
-        """Issue a version, serve it on a fake engine and make it ACTIVE."""
+        """Issue a version, serve it and make it ACTIVE; ``options`` are the engine's."""
         version = self.platform.rotate(self.tenant, self.model).version
         grant = self.platform.materialize(self.tenant, self.model, version).secret
         record = self.platform.get_version(self.tenant, self.model, version)
         with KeyService(self.keysvc_url, grant) as job:
-            job.release(self.tenant, self.model, version, "materialize")
+            root = base64.b64decode(job.release(self.tenant, self.model, version, "materialize").secret)
             job.stage(self.tenant, self.model, version, MATERIALIZED)
-        self.serve(record, Faulty(record.key_id, vocab_size=self.tokenizer.size, **options))
+        key = TenantKey.from_root(root, self.tenant, self.model, version)
+        self.serve(record, self._make_engine(key, **options))
         endpoint = self._cluster.url + route_prefix(self.tenant, self.model, version)
         return self.platform.activate(self.tenant, self.model, version, Activation(endpoint=endpoint))
 
@@ -267,31 +279,53 @@ class Faulty(FakeEngine):
                 yield token
 
 
+def faulty(key: TenantKey, **options: Any) -> Faulty:
+    """A fake engine over the small tokenizer's vocabulary."""
+    return Faulty(key.id, vocab_size=400, **options)
+
+
+def real_engine(key: TenantKey, *, base: Path, out: Path) -> Any:
+    """SmolLM2, encrypted under ``key`` and loaded as any replica is."""
+    from anamorph.pipeline import fold
+    from anamorph.serve.engines.torch import Capacity, load
+
+    fold(base, out, key, "permute")
+    return load(out, "float32", Capacity(context_length=4096))
+
+
 MATERIALIZED = Materialized(
     replica="file:///nowhere", manifest_sha256="0" * 64, probe=Probe(prompts=((1,),), expected=((1,),))
 )
 
 
-@pytest.fixture
-def keysvc_dir(tmp_path: Path) -> Path:
+def keysvc_home_in(folder: Path) -> Path:
     """An initialised home of a key service."""
     before = os.umask(0o077)
     try:
-        home = Home(tmp_path / "keysvc")
+        home = Home(folder / "keysvc")
         keysvc_home.init(home, lambda: datetime.now(UTC), os.urandom)
     finally:
         os.umask(before)
     return home.path
 
 
-@pytest.fixture
-def stack(keysvc_dir: Path, tokenizer: Tokenizer) -> Iterator[Stack]:
-    """Key service and cluster with one ACTIVE version on the fake engine."""
-    with Stack(keysvc_dir, tokenizer) as running:
+@contextmanager
+def running_stack(
+    folder: Path, tokenizer: Tokenizer, make_engine: Callable[..., Any] = faulty, **options: Any
+) -> Iterator[Stack]:
+    """Key service and cluster with one ACTIVE version."""
+    with Stack(keysvc_home_in(folder), tokenizer, make_engine) as running:
         running.register()
-        running.rotate()
+        running.rotate(**options)
         yield running
         running.admin.close()
+
+
+@pytest.fixture
+def stack(tmp_path: Path, tokenizer: Tokenizer) -> Iterator[Stack]:
+    """A stack of the test's own, to rotate, revoke and break."""
+    with running_stack(tmp_path, tokenizer) as running:
+        yield running
 
 
 @pytest.fixture
@@ -299,3 +333,84 @@ def client(stack: Stack) -> Iterator[Client]:
     """A client of the stack."""
     with Client(stack.keysvc_url, stack.api_key, stack.tenant, stack.model) as made:
         yield made
+
+
+@dataclass(frozen=True)
+class System:
+    """A running proxy, on whatever stands behind it."""
+
+    url: str
+    model: str
+    tokenizer: Tokenizer
+    in_flight: Callable[[], int]
+
+    def openai(self, **options: Any) -> OpenAI:
+        """The unmodified client of OpenAI."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, **options)
+
+    def aopenai(self) -> AsyncOpenAI:
+        """Its asynchronous twin."""
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+
+    wait_until = staticmethod(wait_until)
+
+
+def settings_for(stack: Stack, folder: Path, key_file: Path) -> ProxySettings:
+    """Settings of a proxy before a stack."""
+    key_file.write_text(stack.api_key + "\n")
+    models = {stack.model: folder}
+    return ProxySettings(stack.keysvc_url, stack.tenant, key_file, models, retry_for=5)
+
+
+@pytest.fixture
+def settings(stack: Stack, tokenizer_folder: Path, tmp_path: Path) -> ProxySettings:
+    """Settings of a proxy before the test's own stack."""
+    return settings_for(stack, tokenizer_folder, tmp_path / "api.key")
+
+
+@pytest.fixture(scope="session")
+def serve() -> type[Server]:
+    """How to serve an application on a real socket."""
+    return Server
+
+
+@pytest.fixture
+def proxy(settings: ProxySettings) -> Iterator[str]:
+    """URL of a running proxy before the stack."""
+    with Server(create_app(settings)) as running:
+        yield running.url
+
+
+@contextmanager
+def running_system(folder: Path, tokenizer: Tokenizer, **options: Any) -> Iterator[System]:
+    """A proxy before a stack that no test changes."""
+    with ExitStack() as stays:
+        stack = stays.enter_context(running_stack(folder, tokenizer, **options))
+        settings = settings_for(stack, tokenizer.folder, folder / "api.key")
+        proxy = stays.enter_context(Server(create_app(settings)))
+        yield System(proxy.url, stack.model, tokenizer, lambda: stack.running(1))
+
+
+@pytest.fixture(scope="session")
+def fake_system(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """Before an engine without a model, slow enough to be left."""
+    with running_system(tmp_path_factory.mktemp("fake"), tokenizer, delay_s=0.002) as system:
+        yield system
+
+
+@pytest.fixture(scope="session")
+def real_system(smollm2: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """Before SmolLM2 itself, encrypted and on the torch engine."""
+    folder = tmp_path_factory.mktemp("real")
+    engine = {"make_engine": real_engine, "base": smollm2.folder, "out": folder / "replica"}
+    with running_system(folder, smollm2, **engine) as system:
+        yield system
+
+
+@pytest.fixture(
+    params=["fake_system", pytest.param("real_system", marks=[pytest.mark.slow, pytest.mark.real])]
+)
+def system(request: pytest.FixtureRequest) -> System:
+    """A running proxy: before the fake engine, and before a real model."""
+    chosen: System = request.getfixturevalue(request.param)
+    return chosen

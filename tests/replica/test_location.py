@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from anamorph.errors import BaseRefused, SetupError
-from anamorph.replica.location import allowed_base, local_path
+from anamorph.replica.location import allowed_base, local_path, remote_path
 
 
 @pytest.fixture
@@ -79,3 +80,10 @@ def test_an_unknown_scheme_is_an_error_of_the_setup() -> None:
     """The message lists what would be right."""
     with pytest.raises(SetupError, match="file, gs, memory, s3"):
         local_path("ftp://host/x")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object store whose file system is not installed says what to install."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(SetupError, match="pip install gcsfs"):
+        remote_path("gs://bucket/replicas")

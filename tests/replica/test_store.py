@@ -144,6 +144,29 @@ def test_a_failed_copy_publishes_nothing(
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
 
 
+def test_what_a_killed_publisher_left_is_removed(tmp_path: Path, replica: Path) -> None:
+    """A staging folder of the same name goes away with the next publication, others stay."""
+    parent = tmp_path / "store" / "acme" / "tiny"
+    for left in (".staging-v1-0123", ".staging-v2-0123"):
+        (parent / left).mkdir(parents=True)
+    Store(tmp_path / "store").publish(replica, NAME)
+    assert sorted(path.name for path in parent.iterdir()) == [".staging-v2-0123", "v1"]
+
+
+def test_a_full_disk_while_fetching_is_no_fault_of_the_replica(
+    tmp_path: Path, replica: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays an OSError, so that nobody gives a sound replica up."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("anamorph.replica.store._move", full)
+    with pytest.raises(OSError, match="No space"):
+        fetch(replica, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_an_upload_that_died_is_invisible_and_replaced(replica: Path, key: TenantKey) -> None:
     """Objects without their manifest are no replica, and a stray shard of theirs does not survive."""
     root = uuid.uuid4().hex

@@ -12,7 +12,7 @@ import torch
 
 from anamorph.checkpoint.evaluate import Evaluator
 from anamorph.checkpoint.reader import CONFIG, GENERATION_CONFIG, Checkpoint
-from anamorph.checkpoint.staging import staged
+from anamorph.checkpoint.staging import refuse_existing, staged
 from anamorph.checkpoint.writer import Shard, ShardWriter, lay_out, nbytes, write_index, write_json
 from anamorph.errors import CheckpointError
 from anamorph.keys import TenantKey
@@ -66,6 +66,7 @@ def fold(
         ReplicaExists: ``out`` exists.
     """
     base, out = Path(base), Path(out)
+    refuse_existing(out)
     checkpoint = Checkpoint.open(base)
     plan = build_plan(
         checkpoint.config, checkpoint.tensors, key, profile, generation_config=checkpoint.generation_config

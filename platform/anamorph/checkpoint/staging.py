@@ -28,9 +28,9 @@ def staged(out: Path, binding: str) -> Iterator[Path]:
 
     Raises:
         ReplicaExists: ``out`` exists.
-        CheckpointError: another process is building ``out``.
+        CheckpointError: another process is building ``out``, or a file cannot be written.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.folding")
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -39,14 +39,21 @@ def staged(out: Path, binding: str) -> Iterator[Path]:
             content = _bound(folder, binding)
             yield content
             _publish(content, out)
-        except Exception:
-            # Only a kill or an interrupt leaves work to resume; after an error it would be resumed into it.
+        except Exception as error:
+            # Work to resume is left by a kill or an interrupt only: an error would be resumed into again.
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
             raise
         shutil.rmtree(folder)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Refuse to go on when the place is taken.
+
+    Raises:
+        ReplicaExists: there is something at ``out``.
+    """
     if os.path.lexists(out):
         raise ReplicaExists(f"{out} exists, and a replica is never overwritten; choose another folder")
 
@@ -82,7 +89,7 @@ def _bound(folder: Path, binding: str) -> Path:
 
 def _publish(content: Path, out: Path) -> None:
     _sync(content)
-    _refuse_existing(out)
+    refuse_existing(out)
     content.rename(out)
     _sync(out.parent)
 

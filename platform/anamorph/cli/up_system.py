@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from anamorph.cli.up_home import MODEL, TENANTS, Home, Running, SystemState, write_private
 from anamorph.cli.up_processes import MARK, alive, await_file, end, end_marked, spawn
@@ -78,11 +77,15 @@ def stop(home: Home) -> None:
     if state is None:
         return
     end(state.processes)
+    _stop_ray(home)
+    end_marked(state.instance)
+    home.state_file.unlink(missing_ok=True)
+
+
+def _stop_ray(home: Home) -> None:
     ray = RayProcess.load(home.ray)
     if ray is not None:
         stop_ray(ray)
-    end_marked(state.instance)
-    home.state_file.unlink(missing_ok=True)
 
 
 class _Starter:
@@ -100,11 +103,15 @@ class _Starter:
         with ThreadPoolExecutor(1) as pool:
             self._say("starting the key service (SQLite, local wrapping key) and Ray")
             ray = pool.submit(self._start_ray, ports["serve"])
-            url = self._start_keysvc(ports["keysvc"])
-            self._say(f"creating tenants {', '.join(self._plan.tenants)}, their models and keys")
-            for tenant in self._plan.tenants:
-                ensure_tenant(self._home, url, tenant, self._plan.model)
-            self._start_operator(url, ray.result())
+            try:
+                url = self._start_keysvc(ports["keysvc"])
+                self._say(f"creating tenants {', '.join(self._plan.tenants)}, their models and keys")
+                for tenant in self._plan.tenants:
+                    ensure_tenant(self._home, url, tenant, self._plan.model)
+                self._start_operator(url, ray.result())
+            except BaseException:
+                _stop_ray(self._home)  # else leaving this block would wait until it is up
+                raise
         self._say("making, deploying and verifying an encrypted replica for each tenant")
         await_active(self._home, url, self._plan.tenants, report, self._plan.timeout_s)
         for tenant in self._plan.proxies:
@@ -212,10 +219,3 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
-
-
-def remove(folder: Path) -> None:
-    """Delete a home that was made for one run."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from anamorph.cli.up_home import MODEL, Home, write_private
@@ -37,7 +37,7 @@ class ServedModel:
     folder: Path
     dtype: Dtype = "float32"
     engine: Engine = "torch"
-    policy: RotationPolicy = RotationPolicy()
+    policy: RotationPolicy = field(default_factory=RotationPolicy)
 
     def record(self) -> ModelCreate:
         """The model record for the key service; sizes from ``config.json``, digests from the tokenizer.
@@ -118,7 +118,9 @@ def await_active(home: Home, url: str, tenants: tuple[str, ...], report: Report,
             for tenant in sorted(waiting):
                 _check(tenant, operations[tenant])
             if waiting and time.monotonic() > deadline:
-                raise SetupError(f"{', '.join(sorted(waiting))} took too long; see {home.logs / 'operator.log'}")
+                raise SetupError(
+                    f"{', '.join(sorted(waiting))} took too long; see {home.logs / 'operator.log'}"
+                )
             time.sleep(0.3 if waiting else 0)
 
 

@@ -82,4 +82,5 @@ class Holder(Generic[T]):
 
     def _end(self, held: Held[T]) -> None:
         if self._held is held:
-            self._held = None
+            # The timer goes too: it refers to what it was set for.
+            self._held = self._cancel = None

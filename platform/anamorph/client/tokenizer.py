@@ -139,7 +139,10 @@ def _load(folder: Path) -> Any:
     # This class reads any tokenizer.json; AutoTokenizer would import model code, and torch with it.
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-    return TokenizersBackend.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return TokenizersBackend.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library raises a bare Exception for a file it cannot read
+        raise SetupError(f"{folder} holds no tokenizer that can be loaded: {error}") from error
 
 
 def _chat_template(folder: Path) -> str | None:

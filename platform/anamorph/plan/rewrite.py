@@ -23,16 +23,17 @@ def rewrite(config: Mapping[str, Any], rules: Mapping[str, Rule], image: Indices
             raise UnsupportedOption(f"option '{name}' is unknown")
         rule = rules[name]
         rule.check(name, value)
-        if rule.fate != "drop":
-            rewritten[name] = _moved(name, value, image) if rule.fate == "move" else value
+        if rule.fate == "move":
+            rewritten[name] = _biases(value, image) if name == "sequence_bias" else _moved(name, value, image)
+        elif rule.fate == "keep":
+            rewritten[name] = value
     return rewritten
 
 
 def _moved(name: str, value: Any, image: Indices) -> Any:
+    """Token ids, at any depth of lists, as the replica knows them."""
     if value is None:
         return None
-    if name == "sequence_bias":
-        return _biases(name, value, image)
     if isinstance(value, list):
         return [_moved(name, one, image) for one in value]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(image):
@@ -40,8 +41,10 @@ def _moved(name: str, value: Any, image: Indices) -> Any:
     return int(image[value])
 
 
-def _biases(name: str, value: Any, image: Indices) -> Any:
+def _biases(value: Any, image: Indices) -> Any:
     """``sequence_bias`` in JSON: a list of [[token ids], bias]."""
+    if value is None:
+        return None
     if not isinstance(value, list) or not all(isinstance(one, list) and len(one) == 2 for one in value):
-        raise UnsupportedOption(f"option '{name}': a list of [token ids, bias] is expected")
-    return [[_moved(name, ids, image), bias] for ids, bias in value]
+        raise UnsupportedOption("option 'sequence_bias': a list of [token ids, bias] is expected")
+    return [[_moved("sequence_bias", ids, image), bias] for ids, bias in value]

@@ -36,12 +36,18 @@ def open_folder(location: str | os.PathLike[str]) -> Iterator[Folder]:
         ReplicaRefused: there is no such folder, or it cannot be read.
     """
     path = local_path(location)
+    if path is None:
+        yield RemoteFolder(*remote_path(str(location)))
+        return
+    with LocalFolder.open(path) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """What cannot be read is no replica: a missing folder, a lost file, a broken disk."""
     try:
-        if path is None:
-            yield RemoteFolder(*remote_path(str(location)))
-        else:
-            with LocalFolder.open(path) as folder:
-                yield folder
+        yield
     except OSError as error:
         raise ReplicaRefused(
             f"the replica cannot be read: {error.strerror or type(error).__name__}"
@@ -57,14 +63,15 @@ class LocalFolder:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path) -> Iterator[LocalFolder]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _reading():
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             yield cls(descriptor)
         finally:
             os.close(descriptor)
 
     def names(self) -> list[str]:
-        with os.scandir(self._descriptor) as entries:
+        with _reading(), os.scandir(self._descriptor) as entries:
             found = sorted((entry.name, entry.is_file(follow_symlinks=False)) for entry in entries)
         for name, plain in found:
             check_name(name)
@@ -75,7 +82,7 @@ class LocalFolder:
     def chunks(self, name: str) -> Iterator[bytes]:
         check_name(name)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with os.fdopen(os.open(name, flags, dir_fd=self._descriptor), "rb", buffering=0) as file:
+        with _reading(), os.fdopen(os.open(name, flags, dir_fd=self._descriptor), "rb", buffering=0) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise ReplicaRefused(f"{name} is not a plain file")
@@ -95,7 +102,8 @@ class RemoteFolder:
     def names(self) -> list[str]:
         # The listing must not come from fsspec's cache: another process may have published since.
         self._fs.invalidate_cache()
-        found = sorted(self._fs.ls(self._path, detail=True), key=lambda entry: str(entry["name"]))
+        with _reading():
+            found = sorted(self._fs.ls(self._path, detail=True), key=lambda entry: str(entry["name"]))
         names = [str(entry["name"]).rsplit("/", 1)[-1] for entry in found]
         for name, entry in zip(names, found, strict=True):
             check_name(name)
@@ -105,7 +113,7 @@ class RemoteFolder:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         check_name(name)
-        with self._fs.open(f"{self._path}/{name}", "rb", block_size=CHUNK) as file:
+        with _reading(), self._fs.open(f"{self._path}/{name}", "rb", block_size=CHUNK) as file:
             while chunk := _read_chunk(file):
                 yield chunk
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 from anamorph.errors import BaseRefused, SetupError
 
-OBJECT_STORES = frozenset({"s3", "gs", "memory"})
-"""URL schemes beside ``file``. Others, and fsspec's chains such as ``zip::``, are refused."""
+OBJECT_STORES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
+"""URL schemes beside ``file``, and the package behind each. fsspec's other schemes and chains are refused."""
 
 
 def local_path(location: str | os.PathLike[str]) -> Path | None:
@@ -47,7 +47,7 @@ def remote_path(url: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         scheme = urlsplit(url).scheme
-        raise SetupError(f"{scheme}:// needs an extra package: pip install 'anamorph[{scheme}]'") from error
+        raise SetupError(f"{scheme}:// needs a package: pip install {OBJECT_STORES[scheme]}") from error
     return filesystem, str(path)
 
 

@@ -115,6 +115,7 @@ class _Folders:
         return (self._root / name / MANIFEST).is_file()
 
     def publish(self, folder: Path, files: list[str], name: str) -> None:
+        _clear_staging(self._root / name)
         staging = _staging_beside(self._root / name)
         try:
             for file in files:
@@ -198,9 +199,15 @@ def _taken(name: str) -> ReplicaExists:
 def _staging_beside(place: Path, mode: int = 0o755) -> Path:
     """A new folder on the same file system as ``place``."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    staging = place.parent / f"{_STAGING}-{uuid.uuid4().hex}"
+    staging = place.parent / f"{_STAGING}-{place.name}-{uuid.uuid4().hex}"
     staging.mkdir(mode=mode)
     return staging
+
+
+def _clear_staging(place: Path) -> None:
+    """Remove what publishers that were killed have left beside ``place``: it may be as big as a model."""
+    for left in place.parent.glob(f"{_STAGING}-{place.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _move(staging: Path, place: Path) -> None:

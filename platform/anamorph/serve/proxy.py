@@ -26,7 +26,11 @@ def middlewares() -> list[Middleware]:
 
 
 class OpenAIShape:
-    """Replaces error answers that are not JSON: 4xx of Ray's router by 404, all else by 503."""
+    """Replaces error answers that are not JSON: 4xx of Ray's router by 404, all else by 503.
+
+    A replica that dies while it answers is an exception here. Before the answer began
+    that is a 503 too; after, the connection is cut and the client sees an incomplete answer.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -34,17 +38,24 @@ class OpenAIShape:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(_INTERNAL):
             return await self._app(scope, receive, send)
-        replaced = False
+        started = replaced = False
 
         async def reshaped(message: Message) -> None:
-            nonlocal replaced
-            if message["type"] == "http.response.start" and _is_rays(message):
-                replaced = True
-                await _answer(message["status"])(scope, receive, send)
-            elif not replaced:
+            nonlocal started, replaced
+            if message["type"] == "http.response.start":
+                started, replaced = True, _is_rays(message)
+                if replaced:
+                    return await _answer(message["status"])(scope, receive, send)
+            if not replaced:
                 await send(message)
+            return None
 
-        await self._app(scope, receive, reshaped)
+        try:
+            await self._app(scope, receive, reshaped)
+        except Exception:
+            if started:
+                raise
+            await _answer(500)(scope, receive, send)
         return None
 
 

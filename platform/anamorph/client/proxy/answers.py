@@ -69,9 +69,9 @@ class Answer:
     def _take(self, choice: Choice) -> str:
         out = ""
         for position, token in enumerate(choice.token_ids):
-            if choice.logprobs is not None:
-                self._waiting.append(self._logprob(choice.logprobs, position))
             text = self._text.push(token)
+            if choice.logprobs is not None:
+                self._waiting.append(self._logprob(choice.logprobs, position, text))
             self._read += len(text)
             out += self._stops.push(text)
             if self._stops.found:
@@ -85,14 +85,12 @@ class Answer:
         self._waiting = self._waiting[len(out) :]
         return out
 
-    def _logprob(self, logprobs: Logprobs, position: int) -> TokenLogprob:
+    def _logprob(self, logprobs: Logprobs, position: int, text: str) -> TokenLogprob:
+        token = self._piece(logprobs.tokens[position])
+        # ``text`` may begin with the end of the token before, which had been held back.
+        offset = self._read + (len(text) - len(token.text) if text.endswith(token.text) else 0)
         top = logprobs.top_logprobs[position] if position < len(logprobs.top_logprobs) else {}
-        return TokenLogprob(
-            self._piece(logprobs.tokens[position]),
-            logprobs.token_logprobs[position],
-            self._read,
-            self._top(top),
-        )
+        return TokenLogprob(token, logprobs.token_logprobs[position], offset, self._top(top))
 
     def _top(self, top: Mapping[str, float]) -> tuple[tuple[Piece, float], ...]:
         ranked = sorted(top.items(), key=lambda item: -item[1])
