@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -60,9 +61,9 @@ def steps(layers: int) -> list[Step]:
 
 
 def synthesise(folder: Path, size: int) -> int:
-    """Write a checkpoint of about ``size`` bytes, and return how many it has."""
+    """Write a checkpoint of at least ``size`` bytes, and return how many it has."""
     one, two = (sum(map(nbytes, steps(layers))) for layers in (1, 2))
-    layers = max(1, (size - one) // (two - one) + 1)
+    layers = 1 + max(0, math.ceil((size - one) / (two - one)))
     folder.mkdir()
     write_json(folder / "config.json", CONFIG | {"num_hidden_layers": layers})
     shards = lay_out(steps(layers), 2**30)

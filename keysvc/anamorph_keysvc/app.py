@@ -12,13 +12,13 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anamorph.telemetry import Telemetry
 from anamorph_keysvc import idempotency, problems
 from anamorph_keysvc.deps import refuse_foreign
 from anamorph_keysvc.idempotency import InFlight
 from anamorph_keysvc.metrics import build_metrics
+from anamorph_keysvc.middleware import BodyLimit, NoStore
 from anamorph_keysvc.routes import models, operations, platform, tenants, versions
 from anamorph_keysvc.service import usage
 from anamorph_keysvc.service.work import Service
@@ -52,8 +52,7 @@ def build_app(service: Service, telemetry: Telemetry) -> FastAPI:
         openapi_url=None,
         dependencies=[Depends(refuse_foreign)],
         generate_unique_id_function=_operation_id,
-        max_body_size=service.limits.max_body_bytes,
-        middleware=[Middleware(NoStore)],
+        middleware=[Middleware(NoStore), Middleware(BodyLimit, limit=service.limits.max_body_bytes)],
         responses=_PROBLEM,
     )
     app.state.service = service
@@ -68,23 +67,6 @@ def build_app(service: Service, telemetry: Telemetry) -> FastAPI:
 
 def _operation_id(route: APIRoute) -> str:
     return route.name
-
-
-class NoStore:
-    """Forbids caches to keep anything: some answers are secrets, and none is worth caching."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and mark the answer."""
-
-        async def marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"cache-control", b"no-store")]
-            await send(message)
-
-        await self.app(scope, receive, marked if scope["type"] == "http" else send)
 
 
 async def _background(service: Service) -> None:

@@ -62,6 +62,7 @@ class Database:
             Unavailable: the write lock could not be had in time.
         """
         with _translated(), Session(self.engine, expire_on_commit=False) as session, session.begin():
+            session.connection()  # takes the write lock now, not at the first statement
             yield session
 
     def close(self) -> None:

@@ -80,6 +80,7 @@ def init(home: Home, clock: Callable[[], datetime], entropy: Callable[[int], byt
             )
         _create(home.wrapping_key, entropy(KEY_BYTES))
         _create(home.platform_key, credentials.mint(credentials.API_KEY, entropy).encode())
+        _create(home.database, b"")  # SQLite's own files beside it take its permissions
         database = Database.sqlite(home.database)
         try:
             upgrade(database)

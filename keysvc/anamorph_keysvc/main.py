@@ -73,8 +73,6 @@ def _announce(path: Path, port: int) -> None:
 
 def main() -> None:
     """Run the command line; what is wrong is said in one line."""
-    # Files that SQLite makes beside the database are private from the start.
-    os.umask(0o077)
     try:
         cli()
     except AnamorphError as error:

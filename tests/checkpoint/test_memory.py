@@ -13,7 +13,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_four_gigabytes_fold_in_one_and_a_half(tmp_path: Path) -> None:
     """A synthetic checkpoint of 4 GB folds in under 1.5 GB of resident memory, by the kernel's count."""
     report = tmp_path / "memory.json"

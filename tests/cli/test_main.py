@@ -61,3 +61,14 @@ def test_a_mistyped_command_is_wrong_usage() -> None:
     result = CliRunner().invoke(app, ["replca"])
     assert result.exit_code == 2
     assert "replica" in result.output
+
+
+def test_a_missing_package_names_the_extra() -> None:
+    """Without torch, `fold` says what to install, in one line."""
+    code = (
+        "import sys; sys.modules['torch'] = None; from anamorph.cli.main import main;"
+        "sys.argv = ['anamorph', 'fold', 'base', 'out', '--key', 'key']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: this command needs the package torch: pip install 'anamorph[materialize]'\n"

@@ -136,7 +136,7 @@ def test_page_runs(page: Path, base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_quickstart_system(short_home: Path) -> None:
     """The quickstart's `up`, `status`, `chat` and `down` do what the page says, with the real model."""
     wanted = [command for command in all_of(ROOT / "docs" / "quickstart.md") if command.startswith(SYSTEM)]

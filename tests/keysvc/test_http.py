@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -47,7 +48,7 @@ def problem_of(response: httpx.Response) -> dict[str, Any]:
         ("GET", MODEL + "/keys?page=WyJhIl0=", None, 400),
         ("GET", MODEL + "/keys?limit=0", None, 422),
         ("POST", "/v1/tenants/acme/models", b"{", 422),
-        ("POST", "/v1/tenants/acme/models", b"\xff", 422),
+        ("POST", "/v1/tenants/acme/models", b"\xff", 400),
         ("POST", "/v1/tenants/acme/models", b'{"id": "x", "surprise": 1}', 422),
         ("POST", "/v1/tenants/acme/api-keys", b'{"name": "n", "role": "god"}', 422),
         ("POST", "/v1/tenants/acme/models", b" " * (2**20 + 1), 413),
@@ -64,6 +65,20 @@ async def test_every_error_is_a_problem(
         response = await http.request(method, path, content=content, headers=headers)
     assert response.status_code == expected
     problem_of(response)
+
+
+async def test_a_body_that_does_not_announce_its_size_is_cut_off_too(world: World) -> None:
+    """Sent in chunks without a length, a body that is too large is a 413 all the same."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" " * 2**16
+
+    async with world.http(world.secret(Role.PLATFORM)) as http:
+        response = await http.post(
+            "/v1/tenants", content=chunks(), headers={"Content-Type": "application/json"}
+        )
+    assert problem_of(response)["code"] == "body_too_large"
 
 
 async def test_a_problem_names_the_field_but_not_what_it_held(world: World) -> None:
@@ -100,6 +115,15 @@ async def test_no_answer_may_be_cached(world: World) -> None:
 async def rotate(world: World, headers: dict[str, str], body: bytes = b"") -> httpx.Response:
     async with world.http(world.secret(Role.ROTATOR)) as http:
         return await http.post(MODEL + "/keys:rotate", content=body, headers=headers)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that another task or thread brings about."""
+    for _ in range(3000):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came about")
 
 
 async def test_the_same_idempotency_key_gives_the_same_answer_and_does_the_work_once(world: World) -> None:
@@ -150,8 +174,7 @@ async def test_a_request_still_running_under_the_key_is_a_conflict_to_come_back_
     world.secret(Role.ROTATOR)
     with world.service.work("test"):  # the write lock is taken: the first request has to wait
         first = asyncio.create_task(rotate(world, {"Idempotency-Key": "k"}))
-        while not world.app.state.in_flight._keys:
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(world.app.state.in_flight._keys))
         second = await rotate(world, {"Idempotency-Key": "k"})
     assert problem_of(second)["code"] == "request_in_flight"
     assert second.headers["retry-after"] == "1"

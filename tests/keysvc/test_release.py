@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -127,14 +128,9 @@ async def test_a_client_gets_the_vocab_subkey_and_no_more(world: World) -> None:
         released = await client.release(*AT, version, "client")
     secret = base64.b64decode(released.secret)
     assert VocabKey(secret, released.key_id, released.vocab_kcv).id == released.key_id
-    with pytest.raises(errors.AnamorphError):
-        assert TenantKey.from_root(secret, *AT, version).id == released.key_id or _not_the_root()
+    assert TenantKey.from_root(secret, *AT, version).id != released.key_id
     assert released.expires_at == world.clock.now + timedelta(seconds=world.policy.client_cache_ttl_s)
     assert released.vocab_size == 50
-
-
-def _not_the_root() -> bool:
-    raise errors.KeyMismatch("the released secret is not the root")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +150,8 @@ async def test_a_revocation_or_suspension_stops_releases_at_once(
     async with world.client(Role.CLIENT) as client:
         await client.release(*AT, version, "client")
         for verb in ends:
-            world.do(getattr(lifecycle, verb), *AT, version, None)
+            transition: Callable[..., object] = getattr(lifecycle, verb)
+            world.do(transition, *AT, version, None)
         with pytest.raises(refusal):
             await client.release(*AT, version, "client")
 

@@ -25,7 +25,7 @@ def report(world: World, source: str, tokens: int) -> int:
 
 def newest(world: World) -> Audit:
     with world.service.database.read() as session:
-        return session.exec(select(Audit).order_by(col(Audit.sequence).desc())).first() or Audit()
+        return session.exec(select(Audit).order_by(col(Audit.sequence).desc()).limit(1)).one()
 
 
 def test_reporting_twice_counts_once(world: World) -> None:
@@ -94,6 +94,8 @@ async def test_the_running_application_begins_due_rotations(world: World) -> Non
     )
     app = build_app(service, world.measured)
     async with app.router.lifespan_context(app):
-        while newest(world).action != "rotate":
+        for _ in range(3000):
             await asyncio.sleep(0.01)
+            if newest(world).action == "rotate":
+                break
     assert newest(world).detail["reason"] == "period"

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from anamorph.keys import TenantKey
 from anamorph.models import TensorInfo, table_for
+
+# A deadline asserts on time, which says more about the machine than about the code.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

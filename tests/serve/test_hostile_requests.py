@@ -68,7 +68,8 @@ def model() -> Any:
     sizes = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     ids = {"eos_token_id": 3, "bos_token_id": 1, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, initializer_range=0.5)).eval()
+    built: Any = LlamaForCausalLM(LlamaConfig.from_dict({**sizes, **heads, **ids, "initializer_range": 0.5}))
+    return built.eval()
 
 
 @pytest.fixture(scope="module")

@@ -274,6 +274,6 @@ def test_folders_that_name_code_are_refused(folder: Path) -> None:
 def test_decoding_rules_that_would_be_ignored_are_refused(rule: dict[str, Any]) -> None:
     """A folder that changes greedy decoding by its own configuration would not be served faithfully."""
     other = tiny()
-    other.generation_config = GenerationConfig(**rule)
+    other.generation_config = GenerationConfig.from_dict(rule)
     with pytest.raises(UnsupportedOption):
         TorchEngine(other, Capacity(200, num_blocks=8))

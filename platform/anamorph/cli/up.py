@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from anamorph.cli.up_home import MODEL, TENANTS, Home, HomeOption, SystemState
+from anamorph.cli.up_model import default_model
 from anamorph.cli.up_progress import Steps
 from anamorph.cli.up_signals import end_as_interrupt, undisturbed
 from anamorph.cli.up_system import Plan, is_up, start, stop
@@ -48,17 +49,11 @@ def _bring_up(console: Console, home: Home, folder: Path | None, dtype: Dtype) -
         else:
             stop(home)  # what a killed or half-dead former start has left
             with Steps(console) as steps:
-                served = ServedModel(folder.absolute() if folder else default_model(steps), dtype=dtype)
+                steps.say("looking for the model")
+                found = folder.absolute() if folder else default_model(dtype, steps.say)
+                served = ServedModel(found, dtype=dtype)
                 start(home, Plan(served), steps.say, steps.report)
         show_urls(console, home.running())
-
-
-def default_model(steps: Steps) -> Path:
-    """SmolLM2-135M-Instruct, fetched and converted once."""
-    from anamorph.cli.smollm2 import fetch_smollm2
-
-    steps.say("looking for SmolLM2-135M-Instruct")
-    return fetch_smollm2(progress=steps.say)
 
 
 def show_urls(console: Console, state: SystemState) -> None:

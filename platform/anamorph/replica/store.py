@@ -164,8 +164,11 @@ class _Objects:
         try:
             # "create" is a conditional write, so that of two publishers one wins.
             self._fs.pipe_file(self._at(name, MANIFEST), (folder / MANIFEST).read_bytes(), mode="create")
-        except FileExistsError:
-            raise _taken(name) from None
+        except OSError as error:
+            # s3fs says "invalid argument" and not "exists" when the condition fails, so look.
+            if self.exists(name):
+                raise _taken(name) from error
+            raise
 
     def delete(self, name: str) -> None:
         if self.exists(name):

@@ -108,7 +108,7 @@ def start_ray(
     num_cpus: int = 8,
     object_store_bytes: int = 100_000_000,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 90,
+    timeout_s: float = 180,
 ) -> RayProcess:
     """Start Ray and Serve on 127.0.0.1 and wait until both answer.
 

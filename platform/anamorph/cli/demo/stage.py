@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from anamorph.cli.demo.plain import PlainModel
-from anamorph.cli.smollm2 import fetch_smollm2
 from anamorph.cli.up_home import MODEL, Home
+from anamorph.cli.up_model import default_model
 from anamorph.cli.up_tenants import keys_as, platform_keys
 from anamorph.client.tokenizer import Tokenizer
 from anamorph.wire.admin import Dtype, Role
@@ -44,7 +44,7 @@ class Stage:
     @cached_property
     def folder(self) -> Path:
         """The plaintext model with its tokenizer, on the tenant's side."""
-        return fetch_smollm2(progress=lambda text: self.console.print(f"  {text}"))
+        return default_model(self.dtype, lambda text: self.console.print(f"  {text}"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
