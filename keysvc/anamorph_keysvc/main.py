@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 import uvicorn
 
 from anamorph import telemetry
-from anamorph.errors import AnamorphError
+from anamorph.errors import AnamorphError, SetupError
 from anamorph_keysvc import home as homes
 from anamorph_keysvc.app import build_app
 from anamorph_keysvc.home import Home
-from anamorph_keysvc.service.work import utc_now
+from anamorph_keysvc.service.work import Service, utc_now
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help="The key service of Anamorph.")
 
@@ -42,26 +45,38 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; requests under way are finished first."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    # uvicorn raises the signal that ended it once more: it must not end us before we are done.
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, _leave)
     place = Home(home)
-    with place.locked(), _listen(host, port) as listener:
+    with place.locked(), _listen(host, port) as listener, ExitStack() as ends:
         service = homes.open_service(place, production=production, clock=utc_now, entropy=os.urandom)
+        ends.callback(service.database.close)
         measured = telemetry.setup("anamorph-keysvc", otlp_endpoint=otlp_endpoint)
-        server = uvicorn.Server(
-            # Without the access log: it would be the longest list of tenants' model names.
-            uvicorn.Config(
-                build_app(service, measured), log_config=None, access_log=False, timeout_graceful_shutdown=20
-            )
-        )
+        ends.callback(measured.shutdown)
         if port_file is not None:
             _announce(port_file, listener.getsockname()[1])
-        server.run(sockets=[listener])
-        measured.shutdown()
-        service.database.close()
+        _server(service, measured).run(sockets=[listener])
+
+
+def _server(service: Service, measured: telemetry.Telemetry) -> uvicorn.Server:
+    # Without the access log: it would be the longest list of tenants' model names.
+    config = uvicorn.Config(
+        build_app(service, measured), log_config=None, access_log=False, timeout_graceful_shutdown=20
+    )
+    return uvicorn.Server(config)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=512)
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise SetupError(f"cannot listen on {host} port {port}: {error.strerror}") from error
 
 
 def _announce(path: Path, port: int) -> None:

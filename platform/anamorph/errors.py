@@ -11,7 +11,7 @@
     │   ├── MissingTensor
     │   └── WrongShape
     ├── CheckpointError        a checkpoint that cannot be read or written
-    │   └── BaseRefused        a base checkpoint outside the allow-list
+    │   └── BaseRefused        a base that is not allowed, or none at all
     ├── ReplicaError
     │   ├── ReplicaRefused     unsigned, altered, foreign or incomplete: one error for all
     │   └── ReplicaExists
@@ -79,7 +79,7 @@ class CheckpointError(AnamorphError):
 
 
 class BaseRefused(CheckpointError):
-    """A base checkpoint lies outside the folders that the operator allows."""
+    """A base checkpoint is outside what the operator allows, or is nothing that can be read."""
 
 
 class ReplicaError(AnamorphError):

@@ -18,7 +18,7 @@ from anamorph.wire.inference import KEY_ID_HEADER, Completion
 from anamorph.wire.states import State
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Stack
+    from tests.client.stack import Stack
 
 PROMPT = [5, 6, 7]
 

@@ -61,10 +61,13 @@ def all_commands() -> list[tuple[Path, str]]:
 
 
 def runnable(page: Path) -> list[Block]:
-    """Blocks of a page that these tests run, in order, without what is run elsewhere."""
+    """Blocks of a page that these tests run, in order, without what is run elsewhere.
+
+    Design notes sketch code that does not exist yet; theirs is read, not run.
+    """
     kept = []
     for block in blocks(page):
-        if block.language == "python":
+        if block.language == "python" and page.parent.name != "design":
             kept.append(block)
         here = [command for command in commands(block) if not command.startswith(ELSEWHERE)]
         if here and block.language == "sh":

@@ -81,7 +81,8 @@ async def test_a_ciphertext_moved_to_another_row_releases_nothing(
         world.active(tenant, model)
     world.active()
     move = (
-        "UPDATE key_version SET row_version = row_version + 1, ciphertext = (SELECT ciphertext FROM key_version"
+        "UPDATE key_version SET row_version = row_version + 1, ciphertext ="
+        " (SELECT ciphertext FROM key_version"
         " WHERE (tenant, model, version) = (?, ?, ?)) WHERE (tenant, model, version) = (?, ?, ?)"
     )
     with world.service.database.write() as session:

@@ -89,8 +89,6 @@ def _working(stored: torch.dtype) -> torch.dtype:
 
 def _lift(symmetry: Symmetry, dtype: torch.dtype, device: torch.device) -> Symmetry:
     def lift(array: Any) -> Any:
-        if isinstance(array, slice):
-            return array
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.to(device, dtype if tensor.is_floating_point() else torch.int64)
 

@@ -84,6 +84,15 @@ class Checkpoint:
         return "sha256:" + hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
+def shard_names(folder: Path) -> list[str]:
+    """Sorted names of the files that hold the weights, as the folder says, whether they are there or not.
+
+    Raises:
+        CheckpointError: no safetensors checkpoint, or an index with a name that leaves the folder.
+    """
+    return _shards(folder)[0]
+
+
 def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """Names of the safetensors files, and which tensor the index says is in which."""
     if (folder / SINGLE).exists():

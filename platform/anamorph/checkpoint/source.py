@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -37,7 +37,9 @@ def local_base(base: str | os.PathLike[str], cache: Path | None = None) -> Path:
         return Path(base)
     reference = HubReference.parse(os.fspath(base))
     if reference is None:
-        raise BaseRefused(f"there is no folder {base}, and a hub id reads hf://org/name or hf://org/name@revision")
+        raise BaseRefused(
+            f"there is no folder {base}, and a hub id reads hf://org/name or hf://org/name@revision"
+        )
     return fetch_base(reference, cache)
 
 
@@ -85,9 +87,11 @@ def _told(reference: HubReference) -> Iterator[None]:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise BaseRefused(
-            f"the hub has no {reference} for this user: check the name, and HF_TOKEN if it is private or gated"
+            f"the hub has no {reference} for this user: check the name, and HF_TOKEN if it is not public"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{reference} is not in the hub's cache, and no hub answers; {_REMEDY}") from error
+        raise CheckpointError(
+            f"{reference} is not in the hub's cache, and no hub answers; {_REMEDY}"
+        ) from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise CheckpointError(f"cannot fetch {reference} ({type(error).__name__}); {_REMEDY}") from error

@@ -15,7 +15,9 @@ _SIZE = re.compile(r"(\d+)(?:([KMGT])(I?)B?)?", re.IGNORECASE)
 
 
 def fold(
-    base: Annotated[Path, typer.Argument(help="Folder of the plaintext checkpoint.")],
+    base: Annotated[
+        str, typer.Argument(help="The plaintext checkpoint: a folder, or hf://org/name[@revision].")
+    ],
     out: Annotated[Path, typer.Argument(help="New folder for the replica.")],
     key: Annotated[Path, typer.Option("--key", help="Key file of `anamorph key generate`.")],
     profile: Annotated[Profile, typer.Option(help="permute only moves weights, never rounds.")] = "rotate",
@@ -27,16 +29,20 @@ def fold(
     from rich.console import Console
     from rich.progress import Progress
 
+    from anamorph.checkpoint.source import local_base
     from anamorph.keys import TenantKey
     from anamorph.pipeline import fold as fold_replica
 
     shard_bytes = _bytes(max_shard_size)
+    tenant_key = TenantKey.load(key)
+    # Before the bars below: a download draws its own.
+    folder = local_base(base)
     with Progress(console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("fold", total=1.0)
         manifest = fold_replica(
-            base,
+            folder,
             out,
-            TenantKey.load(key),
+            tenant_key,
             profile,
             device=device,
             max_shard_size=shard_bytes,

@@ -47,7 +47,7 @@ class Order(Message):
         store: URL of the replica store; the replica is published there as ``tenant/model/vN``.
         scratch: folder for work in progress, on a disk of the control zone.
         base, profile, dtype: from the model record.
-        allow_base: the operator's own list of folders that a base may come from.
+        allow_base: the operator's own list of where a base may come from: folders, ``hf://org/``.
         device: torch device of the products.
     """
 
@@ -98,9 +98,10 @@ def run(order: Order, keys: KeyService, now: Callable[[], float] = time.monotoni
     """
     from anamorph.pipeline import make_replica
     from anamorph.replica import Store
-    from anamorph.replica.location import allowed_base
 
-    base = allowed_base(order.base, order.allow_base)
+    report = _reporter(order, keys, now)
+    # Fetched before the root is released: a long download must not happen with a root in memory.
+    base = _base(order, report)
     scratch = order.scratch / order.name
     made = make_replica(
         base,
@@ -111,11 +112,22 @@ def run(order: Order, keys: KeyService, now: Callable[[], float] = time.monotoni
         scratch=scratch,
         dtype=order.dtype,
         device=order.device,
-        progress=_reporter(order, keys, now),
+        progress=report,
     )
     keys.stage(order.tenant, order.model, order.version, made)
     shutil.rmtree(scratch, ignore_errors=True)
     return made
+
+
+def _base(order: Order, report: Callable[[str, float], None]) -> Path:
+    from anamorph.checkpoint.source import fetch_base
+    from anamorph.replica.location import allowed_base
+
+    base = allowed_base(order.base, order.allow_base)
+    if isinstance(base, Path):
+        return base
+    report("download", 0.0)
+    return fetch_base(base)
 
 
 def _released_key(order: Order, keys: KeyService) -> TenantKey:

@@ -8,7 +8,6 @@ child of an ``up`` that was killed between starting it and saying so.
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,20 +21,23 @@ MARK = "ANAMORPH_INSTANCE"
 
 
 def spawn(name: str, command: Sequence[str], log: Path, instance: str) -> Running:
-    """Start a process in a session of its own, its output in a 0600 file."""
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=descriptor,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {MARK: instance, "PYTHONUNBUFFERED": "1"},
-        )
-    finally:
-        os.close(descriptor)
-    return Running(name, process.pid, psutil.Process(process.pid).create_time())
+    """Start a process in a session of its own, its output in a 0600 file.
+
+    It is meant to outlive this process, hence no ``Popen``, which wants to see its child end.
+    """
+    flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
+    pid = os.posix_spawn(
+        command[0],
+        list(command),
+        os.environ | {MARK: instance, "PYTHONUNBUFFERED": "1"},
+        setsid=True,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+    )
+    return Running(name, pid, psutil.Process(pid).create_time())
 
 
 def alive(running: Running) -> bool:

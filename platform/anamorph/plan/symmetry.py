@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -45,9 +45,9 @@ class Symmetry(ABC):
     def inverse(self) -> Symmetry:
         """g⁻¹."""
 
-    @abstractmethod
-    def lifted(self, lift: Callable[[Any], Array]) -> Symmetry:
+    def lifted(self, lift: Callable[[Any], Array]) -> Self:
         """The same symmetry with its arrays passed through ``lift`` (to a device, to a dtype)."""
+        return replace(self, **{name: _lifted(value, lift) for name, value in vars(self).items()})  # type: ignore[type-var]
 
     def split(self) -> tuple[Monomial, Symmetry]:
         """A permutation that comes first, and what remains to be done after it."""
@@ -67,6 +67,12 @@ class Symmetry(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size})"
+
+
+def _lifted(value: Any, lift: Callable[[Any], Array]) -> Any:
+    if isinstance(value, np.ndarray):
+        return lift(value)
+    return tuple(part.lifted(lift) for part in value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,11 +121,6 @@ class Monomial(Symmetry):
         back = None if self.source is None else np.argsort(self.source)
         factors = None if self.factors is None else 1.0 / self.factors
         return Monomial(self.length, back, factors if back is None or factors is None else factors[back])
-
-    def lifted(self, lift: Callable[[Any], Array]) -> Monomial:
-        """The same symmetry with its arrays passed through ``lift``."""
-        source = None if self.source is None else lift(self.source)
-        return Monomial(self.length, source, None if self.factors is None else lift(self.factors))
 
     def __matmul__(self, first: Symmetry) -> Symmetry:
         """Monomials are closed under composition."""
@@ -183,10 +184,6 @@ class Dense(Symmetry):
         """The transpose when orthogonal."""
         return Dense(self.values.T if self.orthogonal else np.linalg.inv(self.values), self.orthogonal)
 
-    def lifted(self, lift: Callable[[Any], Array]) -> Dense:
-        """The same symmetry with its matrix passed through ``lift``."""
-        return Dense(lift(self.values), self.orthogonal)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blocks(Symmetry):
@@ -217,10 +214,6 @@ class Blocks(Symmetry):
     def repeated(self, copies: int) -> Blocks:
         """Each block ``copies`` times in a row: how query heads see their group's block."""
         return Blocks(np.repeat(self.values, copies, axis=0))
-
-    def lifted(self, lift: Callable[[Any], Array]) -> Blocks:
-        """The same symmetry with its blocks passed through ``lift``."""
-        return Blocks(lift(self.values))
 
     def condition(self) -> float:
         """Largest over smallest singular value, over all blocks."""
@@ -256,10 +249,6 @@ class Chain(Symmetry):
         """Every inverse, last to first."""
         return Chain(tuple(step.inverse() for step in reversed(self.steps)))
 
-    def lifted(self, lift: Callable[[Any], Array]) -> Chain:
-        """The same symmetry with every array passed through ``lift``."""
-        return Chain(tuple(step.lifted(lift) for step in self.steps))
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stacked(Symmetry):
@@ -289,10 +278,6 @@ class Stacked(Symmetry):
     def inverse(self) -> Stacked:
         """The inverse of every part."""
         return Stacked(tuple(part.inverse() for part in self.parts))
-
-    def lifted(self, lift: Callable[[Any], Array]) -> Stacked:
-        """The same symmetry with every array passed through ``lift``."""
-        return Stacked(tuple(part.lifted(lift) for part in self.parts))
 
 
 def compose(steps: tuple[Symmetry, ...]) -> Symmetry:

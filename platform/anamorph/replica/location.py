@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from anamorph.errors import BaseRefused, SetupError
+from anamorph.wire import hub
 
 OBJECT_STORES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 """URL schemes beside ``file``, and the package behind each. fsspec's other schemes and chains are refused."""
@@ -51,19 +52,37 @@ def remote_path(url: str) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
-def allowed_base(base: str, prefixes: Iterable[str]) -> Path:
-    """The folder of a base checkpoint, links resolved, if it lies under an allowed prefix.
+def allowed_base(base: str, prefixes: Iterable[str]) -> Path | hub.HubReference:
+    """Where a base checkpoint is, if an allowed prefix covers it: a folder, links resolved, or ``hf://…``.
 
     Links of the folder and of the files in it are followed first: a checkpoint cannot
-    point out of what the operator allows. No prefix at all allows nothing.
+    point out of what the operator allows. Of the hub, a prefix is an organisation or one
+    reference; nothing is fetched here. No prefix at all allows nothing.
 
     Raises:
-        BaseRefused: outside every prefix, or no folder on this machine.
+        BaseRefused: outside every prefix, or neither a folder on this machine nor a hub reference.
     """
-    roots = [Path(prefix).resolve() for prefix in prefixes]
+    prefixes = list(prefixes)
+    if base.startswith(hub.SCHEME):
+        return _allowed_reference(base, prefixes)
+    return _allowed_folder(base, [Path(one).resolve() for one in prefixes if not one.startswith(hub.SCHEME)])
+
+
+def _allowed_reference(base: str, prefixes: list[str]) -> hub.HubReference:
+    reference = hub.HubReference.parse(base)
+    if reference is None:
+        raise BaseRefused("a base on the hub reads hf://org/name or hf://org/name@revision")
+    if not reference.under(prefixes):
+        raise BaseRefused(f"{reference} is outside what --allow-base covers")
+    return reference
+
+
+def _allowed_folder(base: str, roots: list[Path]) -> Path:
     path = local_path(base)
     if path is None or not path.is_dir():
-        raise BaseRefused("the base is no folder on this machine: copy it to one that --allow-base covers")
+        raise BaseRefused(
+            "the base is no folder on this machine: copy it to one that --allow-base covers, or name hf://org/name"
+        )
     if ".." in Path(base).parts:
         raise BaseRefused("the base's path must not hold '..': write it out")
     for place in (path, *path.iterdir()):

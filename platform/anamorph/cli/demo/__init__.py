@@ -68,9 +68,11 @@ def _play(stage: Stage) -> None:
     stage.home.create()
     try:
         for number, (title, act) in enumerate(ACTS, 1):
-            stage.console.print(Rule(f"[b]{number}. {title}[/b]", align="left"))
+            stage.console.print(Rule(style="dim"))
+            stage.console.print(f"[b]{number}. {title}[/b]", highlight=False)
             act(stage)
-        stage.console.print(Rule("[b]6. No process stays behind[/b]", align="left"))
+        stage.console.print(Rule(style="dim"))
+        stage.console.print("[b]6. No process stays behind[/b]", highlight=False)
         leave_nothing(stage)
     finally:
         with undisturbed():

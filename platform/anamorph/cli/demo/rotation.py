@@ -63,12 +63,13 @@ def rotate_under_load(stage: Stage) -> None:
     with stage.console.status("the plaintext model computes the expected answers in this process"):
         questions = expected_answers(stage)
     tally = asyncio.run(_rotate(stage, questions))
+    with stage.keys(ACME) as keys:
+        stage.console.print(tally.table([keys.get_version(ACME, MODEL, number) for number in (1, 2)]))
+        first = keys.get_version(ACME, MODEL, 1)
     stage.check(tally.sent > 0 and tally.failed == 0, f"{tally.sent} requests sent, {tally.failed} failed")
     stage.check(tally.wrong == 0, f"{tally.wrong} answered with a wrong key")
     for failure in sorted(set(tally.failures)):
         stage.console.print(f"    {failure}")
-    with stage.keys(ACME) as keys:
-        first = keys.get_version(ACME, MODEL, 1)
     show(stage, [ask(stage, first, "the retired version 1", 410)])
 
 
@@ -94,7 +95,7 @@ async def _rotate(stage: Stage, questions: list[Question]) -> Tally:
 async def _see_it_through(stage: Stage, admin: AsyncKeyService, tally: Tally) -> None:
     """From the request to rotate until version 1 is retired and its application gone."""
     deadline = time.monotonic() + LONGEST_S
-    with Live(console=stage.console, refresh_per_second=4, transient=not stage.console.is_terminal) as live:
+    with Live(console=stage.console, refresh_per_second=4, transient=True) as live:
         await asyncio.sleep(2)
         await admin.rotate(ACME, MODEL)
         while time.monotonic() < deadline:
@@ -108,7 +109,6 @@ async def _see_it_through(stage: Stage, admin: AsyncKeyService, tally: Tally) ->
                 break
             await asyncio.sleep(0.5)
         await asyncio.sleep(2)
-    stage.console.print(tally.table(versions))
     stage.check(states == {1: State.RETIRED, 2: State.ACTIVE}, "version 2 is active, version 1 is retired")
 
 

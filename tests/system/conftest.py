@@ -1,0 +1,197 @@
+"""One real system for all tests here: key service, operator and Ray as processes, fake engines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from anamorph.cli.up_home import MODEL, Home, Running
+from anamorph.cli.up_processes import alive, marked, spawn
+from anamorph.cli.up_system import Plan, start, stop
+from anamorph.cli.up_tenants import ServedModel, keys_as, platform_keys
+from anamorph.client import TokenCodec
+from anamorph.errors import ServiceError
+from anamorph.keys import VocabKey
+from anamorph.serve.engines.fake import continuation
+from anamorph.serve.local_ray import RayProcess
+from anamorph.wire.admin import KeyVersionRead, Role, RotationPolicy
+from anamorph.wire.keyservice import KeyService, everything
+from anamorph.wire.states import State
+
+TENANT = "acme"
+VOCAB = 64
+POLICY = RotationPolicy(
+    client_cache_ttl_s=1,
+    longest_request_s=3,
+    clock_skew_s=0,
+    propagation_s=1,
+    grace_s=5,
+    destroy_delay_s=3600,
+)
+# On a busy machine everything takes long; a test waits for an event and never asserts on time.
+PATIENCE_S = 180
+
+
+@dataclass
+class System:
+    """The running system, with what tests do to it."""
+
+    home: Home
+
+    @property
+    def url(self) -> str:
+        return self.home.running().urls["keysvc"]
+
+    @property
+    def serve_url(self) -> str:
+        return self.home.running().urls["serve"]
+
+    @property
+    def ray(self) -> RayProcess:
+        ray = RayProcess.load(self.home.ray)
+        assert ray is not None
+        return ray
+
+    def keys(self, role: Role = Role.ADMIN) -> KeyService:
+        if role is Role.PLATFORM:
+            return platform_keys(self.home, self.url)
+        return keys_as(self.home, self.url, TENANT, role)
+
+    def api_key(self) -> str:
+        return self.home.api_key(TENANT, Role.CLIENT).read_text()
+
+    def versions(self) -> list[KeyVersionRead]:
+        with self.keys() as keys:
+            found = list(everything(keys.list_versions, TENANT, MODEL))
+        return sorted(found, key=lambda version: version.version)
+
+    def active(self) -> KeyVersionRead:
+        [version] = [one for one in self.versions() if one.state is State.ACTIVE]
+        return version
+
+    def rotate(self) -> int:
+        """Ask for a rotation; the new version's number."""
+        with self.keys() as keys:
+            return keys.rotate(TENANT, MODEL).version
+
+    def codec(self, version: int) -> TokenCodec:
+        """The codec of a version that may still be released."""
+        with self.keys(Role.CLIENT) as keys:
+            release = keys.release(TENANT, MODEL, version, "client")
+        secret = b64decode(release.secret)
+        return TokenCodec(VocabKey(secret, release.key_id, release.vocab_kcv), VOCAB)
+
+    def await_until(self, what: Callable[[], bool]) -> None:
+        """Wait until something holds; what cannot be asked now does not hold yet."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                if what():
+                    return
+            except ServiceError:
+                pass
+            time.sleep(0.1)
+        log = (self.home.logs / "operator.log").read_text()[-3000:]
+        raise AssertionError(f"this did not come about; the operator's log ends:\n{log}")
+
+    def await_state(self, version: int, *states: State) -> None:
+        self.await_until(lambda: {v.version: v.state for v in self.versions()}[version] in states)
+
+    def process(self, name: str) -> Running:
+        [running] = [one for one in self.home.running().processes if one.name == name]
+        return running
+
+    def kill(self, name: str) -> list[str]:
+        """kill -9 one component; return the command that starts it again."""
+        process = psutil.Process(self.process(name).pid)
+        command: list[str] = process.cmdline()
+        process.send_signal(signal.SIGKILL)
+        process.wait(20)
+        return command
+
+    def restart(self, name: str, command: list[str]) -> None:
+        state = self.home.running()
+        fresh = spawn(name, command, self.home.logs / f"{name}.log", state.instance)
+        others = tuple(one for one in state.processes if one.name != name)
+        self.home.save(replace(state, processes=(*others, fresh)))
+
+    def jobs(self) -> list[psutil.Process]:
+        """Materialisation jobs that run."""
+        return [p for p in marked(self.home.running().instance) if _is_job(p)]
+
+
+def _is_job(process: psutil.Process) -> bool:
+    # The operator names the job's command in its own arguments.
+    try:
+        return any(part.endswith("quick_materializer.py") for part in process.cmdline()[1:2])
+    except psutil.NoSuchProcess:
+        return False
+
+
+def right_answer(codec: TokenCodec, key_id: str, prompt: list[int], tokens: int) -> list[int]:
+    """What the fake engine must answer under a key, in plain ids."""
+    return list(codec.decrypt(continuation(key_id, codec.encrypt(prompt), tokens, VOCAB)))
+
+
+@pytest.fixture(scope="session")
+def answer() -> Callable[[TokenCodec, str, list[int], int], list[int]]:
+    return right_answer
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without weights: the fake engine needs none."""
+    folder = tmp_path_factory.mktemp("base")
+    config = {"model_type": "llama", "vocab_size": VOCAB, "max_position_embeddings": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {f"w{number}": number for number in range(VOCAB)}
+    Backend(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def system(base: Path) -> Iterator[System]:
+    home = Home(Path(tempfile.mkdtemp(prefix="anamorph-system-")))
+    home.create()
+    job = Path(__file__).with_name("quick_materializer.py")
+    plan = Plan(
+        ServedModel(base, engine="fake", policy=POLICY),
+        proxies=(),
+        interval_s=0.2,
+        materializer=f"{sys.executable} {job}",
+    )
+    try:
+        start(home, plan, lambda _: None, lambda _: None)
+        instance = home.running().instance
+        yield System(home)
+    finally:
+        stop(home)
+    assert marked(instance) == []
+    shutil.rmtree(home.root)
+
+
+@pytest.fixture
+def settled(system: System) -> System:
+    """The system with one ACTIVE version and nothing on its way; whatever a test killed runs again."""
+    for process in system.home.running().processes:
+        assert alive(process), f"{process.name} was left dead by a test"
+    ends = {State.RETIRED, State.FAILED, State.ACTIVE, State.COMPROMISED}
+    system.await_until(lambda: all(version.state in ends for version in system.versions()))
+    assert len([v for v in system.versions() if v.state is State.ACTIVE]) == 1
+    return system
