@@ -45,11 +45,11 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; requests under way are finished first."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    # uvicorn raises the signal that ended it once more: it must not end us before we are done.
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, _leave)
     place = Home(home)
     with place.locked(), _listen(host, port) as listener, ExitStack() as ends:
+        # uvicorn raises the signal that ended it once more: it must not end us before we are done.
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(ending, _leave)
         service = homes.open_service(place, production=production, clock=utc_now, entropy=os.urandom)
         ends.callback(service.database.close)
         measured = telemetry.setup("anamorph-keysvc", otlp_endpoint=otlp_endpoint)

@@ -34,15 +34,15 @@ LEFT_ALONE = {
 def at(monkeypatch: pytest.MonkeyPatch, url: str | None) -> None:
     """Where the hub is from now on; ``None``: offline. The library has read its environment at import."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", url is None)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "ENDPOINT", url or "http://127.0.0.1:9")
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     )
 
 
-def cached(model: Path, home: Path, *, revision: str = "main") -> Path:
+def cached(model: Path, cache: Path, *, revision: str = "main") -> Path:
     """Lay ``model`` out as the hub's cache does: blobs, a snapshot of links, a ref."""
-    repository = home / "hub" / f"models--{NAME.replace('/', '--')}"
+    repository = cache / f"models--{NAME.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
     for folder in (repository / "blobs", repository / "refs", snapshot):
         folder.mkdir(parents=True)

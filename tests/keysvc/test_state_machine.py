@@ -363,7 +363,7 @@ def test_any_sequence_of_calls_keeps_the_invariants(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=20,
+            max_examples=12,
             stateful_step_count=60,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -132,6 +132,11 @@ def test_a_base_outside_the_allow_list_is_refused(
         ("s3://models/../secret/smol", "s3://models/public", False),
         ("gs://models/smol", "s3://models", False),
         ("/bases/smol", "file:///bases", False),
+        ("hf://HuggingFaceTB/SmolLM2@v1.0", "hf://HuggingFaceTB/", True),
+        ("hf://HuggingFaceTB/SmolLM2", "hf://HuggingFaceTB/SmolLM2", True),
+        ("hf://HuggingFaceTB/SmolLM2@v1.0", "hf://HuggingFaceTB/SmolLM2", False),
+        ("hf://HuggingFaceTB/../evil/SmolLM2", "hf://HuggingFaceTB", False),
+        ("HuggingFaceTB/SmolLM2", "hf://HuggingFaceTB", False),
     ],
 )
 def test_the_allow_list_goes_by_path_segments(base: str, prefix: str, verdict: bool) -> None:
@@ -239,7 +244,9 @@ def test_a_retired_application_refuses_before_it_goes(
     active = version(1, State.ACTIVE, activated_at=later(0))
     retired = version(1, State.RETIRED, activated_at=later(0), updated_at=later(0))
     serving = standing(desired(active), later(0))
-    [push] = others_are_empty(plan(desired(retired), serving, later(1)))
+    quiet = replace(serving, usage={ref(1): Usage(source="p", tokens=0)})
+    quiet = replace(quiet, reported=quiet.usage)  # idle so far, but a request may come any moment
+    [push] = others_are_empty(plan(desired(retired), quiet, later(1)))
     assert ref(1).app in [app.name for app in push.applications]
     refusing = replace(
         serving, deployed={a.name: Deployed(a.name, RUNNING, a, later(1)) for a in push.applications}

@@ -175,10 +175,13 @@ class World(RuleBasedStateMachine):
             if check.outcome is Outcome.RUNNING:
                 self.checks[ref] = replace(check, outcome=outcome, at=self.now)
 
+    def answering(self) -> list[str]:
+        """Applications that take new requests."""
+        return [n for n, a in self.apps.items() if a.status is REACHED and n != "door" and not refuses(a)]
+
     @rule(data=st.data())
     def request_begins(self, data: st.DataObject) -> None:
-        ready = [n for n, a in self.apps.items() if a.status is REACHED and n != "door" and not refuses(a)]
-        name = data.draw(st.sampled_from([*ready, None]))
+        name = data.draw(st.sampled_from([*self.answering(), None]))
         if name is not None:
             self.in_flight[name] = self.in_flight.get(name, 0) + 1
 
@@ -207,10 +210,13 @@ class World(RuleBasedStateMachine):
 
     # -- the operator -------------------------------------------------------
 
-    @rule(done=st.integers(0, 8))
-    def turn(self, done: int) -> None:
-        """One turn of which only the first ``done`` actions happen: it may be killed in between."""
-        for action in plan(self.desired(), self.observed(), self.now)[:done]:
+    @rule(done=st.integers(0, 8), late=st.booleans())
+    def turn(self, done: int, late: bool = False) -> None:
+        """One turn: it may be killed in between, and requests may come after it has looked."""
+        decided = plan(self.desired(), self.observed(), self.now)
+        for name in self.answering() if late else ():
+            self.in_flight[name] = self.in_flight.get(name, 0) + 1
+        for action in decided[:done]:
             self.do(action)
 
     @rule(turns=st.integers(1, 6))

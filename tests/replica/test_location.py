@@ -9,6 +9,7 @@ import pytest
 
 from anamorph.errors import BaseRefused, SetupError
 from anamorph.replica.location import allowed_base, local_path, remote_path
+from anamorph.wire.hub import HubReference
 
 
 @pytest.fixture
@@ -74,6 +75,41 @@ def test_what_is_no_folder_here_is_refused(base: str) -> None:
     """A missing folder and an object store are no bases."""
     with pytest.raises(BaseRefused):
         allowed_base(base, ["/"])
+
+
+@pytest.mark.parametrize(
+    ("base", "prefix"),
+    [
+        ("hf://HuggingFaceTB/SmolLM2-135M", "hf://HuggingFaceTB/"),
+        ("hf://HuggingFaceTB/SmolLM2-135M@v1.0", "hf://HuggingFaceTB"),
+        ("hf://HuggingFaceTB/SmolLM2-135M", "hf://HuggingFaceTB/SmolLM2-135M"),
+        ("hf://HuggingFaceTB/SmolLM2-135M@v1.0", "hf://HuggingFaceTB/SmolLM2-135M@v1.0"),
+    ],
+)
+def test_a_base_on_the_hub_goes_by_organisation_or_reference(base: str, prefix: str) -> None:
+    """An organisation allows all its repositories, a reference itself; nothing is fetched to find out."""
+    assert allowed_base(base, ["/nowhere", prefix]) == HubReference.parse(base)
+
+
+@pytest.mark.parametrize(
+    ("base", "prefix"),
+    [
+        ("hf://HuggingFaceTB-evil/SmolLM2", "hf://HuggingFaceTB"),
+        ("hf://evil/HuggingFaceTB", "hf://HuggingFaceTB/"),
+        ("hf://HuggingFaceTB/SmolLM2@other", "hf://HuggingFaceTB/SmolLM2"),
+        ("hf://HuggingFaceTB/SmolLM2-long", "hf://HuggingFaceTB/SmolLM2"),
+        ("hf://HuggingFaceTB/../evil/SmolLM2", "hf://HuggingFaceTB/"),
+        ("hf://HuggingFaceTB/SmolLM2@refs/pr/1", "hf://HuggingFaceTB/"),
+        ("HuggingFaceTB/SmolLM2", "hf://HuggingFaceTB/"),
+        ("hf://HuggingFaceTB/SmolLM2", "hf://"),
+        ("hf://HuggingFaceTB/SmolLM2", "/"),
+        ("/", "hf://HuggingFaceTB/"),
+    ],
+)
+def test_any_other_base_on_the_hub_is_refused(base: str, prefix: str) -> None:
+    """Neither a longer name, another revision, dots nor a stranger's proposal passes."""
+    with pytest.raises(BaseRefused):
+        allowed_base(base, [prefix])
 
 
 def test_an_unknown_scheme_is_an_error_of_the_setup() -> None:

@@ -277,3 +277,21 @@ def test_decoding_rules_that_would_be_ignored_are_refused(rule: dict[str, Any]) 
     other.generation_config = GenerationConfig.from_dict(rule)
     with pytest.raises(UnsupportedOption):
         TorchEngine(other, Capacity(200, num_blocks=8))
+
+
+SMOLLM2 = Path.home() / ".cache" / "anamorph" / "smollm2-135m-instruct"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not SMOLLM2.is_dir(), reason="the real weights are not on this machine: run `make demo` once"
+)
+async def test_greedy_on_real_weights() -> None:
+    """SmolLM2 in float32: the engine's tokens are stock generate's, in one batch."""
+    torch.set_num_threads(1)
+    engine = load(SMOLLM2, "float32", Capacity(600, num_blocks=64), device="cpu")
+    model = engine._manager.model
+    prompts = [[100 + i for i in prompt_of(n, seed=n)] for n in (4, 70)]
+    answers = await asyncio.gather(*(run(engine, p, 12, ignore_eos=True) for p in prompts))
+    engine.close()
+    assert [ids(a) for a in answers] == [stock(model, p, 12, eos_token_id=-1) for p in prompts]

@@ -58,10 +58,7 @@ def measure(
         ServiceError: an endpoint refused.
         StreamInterrupted: an answer was not complete.
     """
-    if encrypted.key_id is None or plaintext.key_id is not None:
-        raise ValueError("the encrypted target needs a key id, and the plaintext target has none")
-    if pairs < 2 or output_tokens < 2 or prompt_tokens < 1 or vocab_size < 2:
-        raise ValueError("at least 2 pairs, 2 output tokens, 1 prompt token and 2 ids are needed")
+    _check(encrypted, plaintext, pairs, output_tokens, prompt_tokens, vocab_size)
     drawn = rng or np.random.default_rng()
     began = clock()
     samples: list[tuple[Sample, Sample]] = []
@@ -79,6 +76,15 @@ def measure(
         plaintext=tuple(sample for _, sample in counted),
         duration=clock() - began,
     )
+
+
+def _check(
+    encrypted: Target, plaintext: Target, pairs: int, output_tokens: int, prompt_tokens: int, vocab_size: int
+) -> None:
+    if encrypted.key_id is None or plaintext.key_id is not None:
+        raise ValueError("the encrypted target needs a key id, and the plaintext target has none")
+    if pairs < 2 or output_tokens < 2 or prompt_tokens < 1 or vocab_size < 2:
+        raise ValueError("at least 2 pairs, 2 output tokens, 1 prompt token and 2 ids are needed")
 
 
 def _two_prompts(rng: np.random.Generator, vocab_size: int, length: int) -> tuple[list[int], list[int]]:

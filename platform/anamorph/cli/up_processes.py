@@ -18,6 +18,8 @@ from anamorph.cli.up_home import Running
 from anamorph.errors import SetupError
 
 MARK = "ANAMORPH_INSTANCE"
+# Jobs and engines share the cores of one machine: a thread of torch that waits must sleep, not spin.
+COMMON = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def spawn(name: str, command: Sequence[str], log: Path, instance: str) -> Running:
@@ -29,7 +31,7 @@ def spawn(name: str, command: Sequence[str], log: Path, instance: str) -> Runnin
     pid = os.posix_spawn(
         command[0],
         list(command),
-        os.environ | {MARK: instance, "PYTHONUNBUFFERED": "1"},
+        os.environ | COMMON | {MARK: instance},
         setsid=True,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

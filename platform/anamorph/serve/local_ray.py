@@ -227,6 +227,9 @@ def _environment(token_file: Path, ports: list[int], extra: Mapping[str, str]) -
         "RAY_SERVE_LOG_TO_STDERR": "0",
         # Ray's own text errors leave the proxy in OpenAI's shape.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "anamorph.serve.proxy:middlewares",
+        # Several engines share the cores of one machine: a thread that waits for another must sleep,
+        # not spin (measured under load: 59 ms instead of 0.2 ms for one small product).
+        "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -21,6 +21,9 @@ Engine = Literal["torch", "fake"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$", max_length=1024)]
 
+# Numbers stay within what JSON readers, the audit log's canonical form and SQL integers all hold.
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+LONGEST_S = 10 * 366 * 86400
 
 T = TypeVar("T")
 
@@ -58,14 +61,14 @@ class RotationPolicy(Message):
     clock_skew_s + propagation_s``: a client may use a cached key that long.
     """
 
-    period_s: int | None = Field(default=None, ge=60)
-    token_budget: int | None = Field(default=None, ge=1)
-    grace_s: int = Field(default=900, ge=1)
+    period_s: int | None = Field(default=None, ge=60, le=LONGEST_S)
+    token_budget: Count | None = Field(default=None, ge=1)
+    grace_s: int = Field(default=900, ge=1, le=LONGEST_S)
     client_cache_ttl_s: int = Field(default=300, ge=1, le=600)
-    longest_request_s: int = Field(default=300, ge=1)
-    clock_skew_s: int = Field(default=30, ge=0)
-    propagation_s: int = Field(default=30, ge=0)
-    destroy_delay_s: int = Field(default=30 * 86400, ge=0)
+    longest_request_s: int = Field(default=300, ge=1, le=LONGEST_S)
+    clock_skew_s: int = Field(default=30, ge=0, le=LONGEST_S)
+    propagation_s: int = Field(default=30, ge=0, le=LONGEST_S)
+    destroy_delay_s: int = Field(default=30 * 86400, ge=0, le=LONGEST_S)
 
     @model_validator(mode="after")
     def _grace_covers_every_client(self) -> Self:
@@ -108,7 +111,7 @@ class ModelCreate(Message):
     engine: Engine = "torch"
     dtype: Dtype = "auto"
     vocab_size: int = Field(ge=2, le=2**31 - 1)
-    context_length: int = Field(ge=1)
+    context_length: int = Field(ge=1, le=2**31 - 1)
     tokenizer_digest: Digest | None = None
     chat_template_digest: Digest | None = None
     policy: RotationPolicy = RotationPolicy()
@@ -274,7 +277,7 @@ class UsageReport(Message):
     """Tokens served by one engine process since it started; reporting twice counts once."""
 
     source: str = Field(min_length=1, max_length=100)
-    tokens: int = Field(ge=0)
+    tokens: Count
 
 
 class AuditRead(Message):

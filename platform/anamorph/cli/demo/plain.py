@@ -6,6 +6,7 @@ prompt that is seen both in clear and encrypted gives the key away bit by bit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ class PlainModel:
     """
 
     def __init__(self, folder: Path, dtype: Dtype) -> None:
+        # Read when torch is loaded: its threads leave the cores to the engines while they wait.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging

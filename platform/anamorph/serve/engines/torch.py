@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
+from transformers.utils import logging as transformers_logging
 
 from anamorph.errors import SetupError, Unavailable, UnsupportedOption
 from anamorph.serve.engines.base import Load, Sampling, Token, finish_reason
@@ -65,6 +66,7 @@ def load(folder: Path, dtype: Dtype, capacity: Capacity, *, device: str | None =
         SetupError: transformers cannot load it.
     """
     _refuse_code(folder)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
