@@ -21,7 +21,6 @@ from sqlmodel import Session
 
 from anamorph import errors
 
-_BUSY_TIMEOUT_S = 15
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON")
 
 
@@ -32,15 +31,15 @@ class Database:
         self.engine = engine
 
     @classmethod
-    def sqlite(cls, path: Path) -> Database:
-        """The embedded database in a file."""
+    def sqlite(cls, path: Path, *, busy_timeout_s: float = 15) -> Database:
+        """The embedded database in a file; a writer waits ``busy_timeout_s`` for the one before it."""
         # Parameters hold hashes and ciphertexts: they stay out of exceptions.
         engine = create_engine(
             f"sqlite:///{path}",
             hide_parameters=True,
             pool_size=8,
             max_overflow=56,
-            connect_args={"timeout": _BUSY_TIMEOUT_S},
+            connect_args={"timeout": busy_timeout_s},
         )
         event.listen(engine, "connect", _prepare)
         event.listen(engine, "begin", _begin)

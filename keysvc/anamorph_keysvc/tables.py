@@ -7,77 +7,27 @@ can express them; those it cannot (triggers) are in the migrations.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from enum import StrEnum
+from datetime import datetime
 from typing import Any, ClassVar
 
 from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
-    DateTime,
-    Dialect,
-    Enum,
     ForeignKeyConstraint,
     Index,
     LargeBinary,
-    MetaData,
     UniqueConstraint,
     text,
 )
-from sqlalchemy.orm import registry
-from sqlalchemy.types import TypeDecorator
-from sqlmodel import Field, SQLModel
+from sqlmodel import Field
 
 from anamorph.wire.admin import OperationStatus, Role
 from anamorph.wire.states import State
+from anamorph_keysvc.columns import Base, UtcDateTime, enum_column
 
-NAMING = {
-    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-    "ck": "ck_%(table_name)s_%(constraint_name)s",
-    "fk": "fk_%(table_name)s_%(referred_table_name)s",
-    "pk": "pk_%(table_name)s",
-}
 # A rotation is in flight while its version is in one of these.
 IN_FLIGHT = (State.PENDING, State.MATERIALIZING, State.STAGED)
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """An aware time in UTC; SQLite would otherwise hand back naive ones."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        """Refuse naive times, store UTC."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("a time without a zone cannot be stored")
-        return value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        """Mark what comes back as the UTC that it is."""
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-def _enum(kind: type[StrEnum], name: str) -> Enum:
-    """A text column that a CHECK holds to the values of ``kind``."""
-    return Enum(
-        kind,
-        native_enum=False,
-        create_constraint=True,
-        name=name,
-        length=20,
-        values_callable=lambda members: [member.value for member in members],
-    )
-
-
-class Base(SQLModel, registry=registry(metadata=MetaData(naming_convention=NAMING))):
-    """Base of the tables, with a registry of our own and named constraints."""
 
 
 class Tenant(Base, table=True):
@@ -157,8 +107,8 @@ class KeyVersion(Base, table=True):
     tenant: str = Field(primary_key=True)
     model: str = Field(primary_key=True)
     version: int = Field(primary_key=True)
-    state: State = Field(sa_type=_enum(State, "state"))
-    previous_state: State | None = Field(default=None, sa_type=_enum(State, "previous_state"))
+    state: State = Field(sa_type=enum_column(State, "state"))
+    previous_state: State | None = Field(default=None, sa_type=enum_column(State, "previous_state"))
     key_id: str
     kcv: str
     vocab_kcv: str
@@ -194,7 +144,7 @@ class Operation(Base, table=True):
     tenant: str
     model: str
     version: int
-    status: OperationStatus = Field(sa_type=_enum(OperationStatus, "status"))
+    status: OperationStatus = Field(sa_type=enum_column(OperationStatus, "status"))
     phase: str
     progress: float = 0.0
     error: str | None = None
@@ -256,7 +206,7 @@ class ApiKey(Base, table=True):
     id: str = Field(primary_key=True)
     tenant: str | None = None
     name: str
-    role: Role = Field(sa_type=_enum(Role, "role"))
+    role: Role = Field(sa_type=enum_column(Role, "role"))
     hash: str
     created_at: datetime = Field(sa_type=UtcDateTime)
     revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)

@@ -131,6 +131,8 @@ class Stack:
     def __exit__(self, *_: object) -> None:
         self.platform.close()
         self._cluster.__exit__()
+        for endpoint in self.engines.endpoints.values():
+            endpoint.engine.close()
         self._keysvc.__exit__()
         self.service.database.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,6 +16,7 @@ from anamorph import errors
 from anamorph.wire.admin import Role, RotationPolicyPatch, TenantCreate
 from anamorph.wire.audit import first_break
 from anamorph.wire.keyservice import aeverything
+from anamorph_keysvc.database import Database
 from anamorph_keysvc.idempotency import forget_old
 from anamorph_keysvc.tables import Answer
 
@@ -322,6 +324,21 @@ def test_sixty_four_threads_at_once_make_one_version(world: World) -> None:
     for thread in threads:
         thread.join()
     assert (won, len(lost)) == ([1], 63)
+
+
+async def test_a_busy_database_is_a_503_to_come_back_from(world: World) -> None:
+    """A writer that cannot have the lock in time gives up without a trace and says when to return."""
+    world.model()
+    token = world.secret(Role.ROTATOR)
+    impatient = Database.sqlite(world.home.database, busy_timeout_s=0.01)
+    world.app.state.service = replace(world.service, database=impatient)
+    async with world.http(token) as http:
+        with world.service.work("test"):
+            response = await http.post(MODEL + "/keys:rotate")
+        assert problem_of(response)["code"] == "busy"
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert (await http.post(MODEL + "/keys:rotate")).json()["version"] == 1
+    impatient.close()
 
 
 async def test_health_and_metrics_answer_without_credentials(world: World) -> None:

@@ -19,7 +19,7 @@ from anamorph_keysvc.database import alembic_config
 from anamorph_keysvc.service import lifecycle, lookup, materialization, release, rotation, tenants
 from anamorph_keysvc.service.transition import move
 from anamorph_keysvc.service.work import Work
-from anamorph_keysvc.tables import Base, KeyVersion, Operation
+from anamorph_keysvc.tables import KeyVersion, Operation
 
 if TYPE_CHECKING:
     from tests.keysvc.conftest import World
@@ -307,7 +307,7 @@ def test_the_migrated_schema_is_the_one_of_the_tables(world: World) -> None:
     with world.service.database.engine.connect() as connection:
         command.check(alembic_config(connection))
     catalogue = {name: text or "" for name, text in sql(world, "SELECT name, sql FROM sqlite_master")}
-    for table in Base.metadata.sorted_tables:
+    for table in KeyVersion.metadata.sorted_tables:
         for constraint in table.constraints:
             if constraint.name and not str(constraint.name).startswith("pk_"):
                 assert str(constraint.name) in catalogue[table.name], constraint.name

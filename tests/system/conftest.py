@@ -7,10 +7,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+import uuid
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +169,28 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def system(base: Path) -> Iterator[System]:
+def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """An OTLP collector that keeps every body as a file: its URL and its folder."""
+    folder = tmp_path_factory.mktemp("otlp")
+
+    class Keep(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            (folder / f"{self.path.rpartition('/')[2]}-{uuid.uuid4().hex}").write_bytes(body)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Keep) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", folder
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def system(base: Path, collector: tuple[str, Path]) -> Iterator[System]:
     home = Home(Path(tempfile.mkdtemp(prefix="anamorph-system-")))
     home.create()
     job = Path(__file__).with_name("quick_materializer.py")
@@ -175,6 +199,7 @@ def system(base: Path) -> Iterator[System]:
         proxies=(),
         interval_s=0.2,
         materializer=f"{sys.executable} {job}",
+        otlp_endpoint=collector[0],
     )
     try:
         start(home, plan, lambda _: None, lambda _: None)

@@ -93,9 +93,11 @@ def find(places: list[tuple[str, bytes]], secret: bytes) -> list[str]:
     return [place for place, content in places if any(form in content for form in spellings(secret))]
 
 
-def test_no_key_byte_is_anywhere(system: Any, canary_root: bytes) -> None:
-    """Logs, database, Ray's answers, replicas, metrics, command lines, environments: not one spelling."""
-    places = everything_visible(system)
+def test_no_key_byte_is_anywhere(system: Any, canary_root: bytes, collector: tuple[str, Path]) -> None:
+    """Logs, database, Ray's answers, replicas, traces, metrics, command lines, environments: nowhere."""
+    exported = list(files(collector[1]))
+    assert {Path(place).name.partition("-")[0] for place, _ in exported} == {"traces", "metrics"}
+    places = everything_visible(system) + exported
     assert len(places) > 50
     version = system.active().version - 1
     for name, secret in secrets_of(canary_root, version).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from anamorph_keysvc.tables import Base
+from anamorph_keysvc.tables import Tenant
 
 
 def run() -> None:
@@ -12,7 +12,7 @@ def run() -> None:
     connection = context.config.attributes["connection"]
     context.configure(
         connection=connection,
-        target_metadata=Base.metadata,
+        target_metadata=Tenant.metadata,
         render_as_batch=True,
         compare_type=True,
         transaction_per_migration=True,

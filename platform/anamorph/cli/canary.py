@@ -11,7 +11,7 @@ from anamorph.cli.output import AsJson
 from anamorph.errors import SetupError
 
 if TYPE_CHECKING:
-    from anamorph.canary import Target
+    from anamorph.canary import OverheadReport, Target
     from anamorph.wire.keyservice import KeyService
 
 
@@ -26,6 +26,10 @@ def canary(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     output_tokens: Annotated[int, typer.Option(min=2)] = 32,
     plot: Annotated[Path | None, typer.Option(help="Write a picture here (PNG).")] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(help="Collector to push the ratios to (OTLP over HTTP)."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure encrypted against plaintext serving, in turn, with random ids and never one prompt to both."""
@@ -48,11 +52,21 @@ def canary(
         )
     if plot is not None:
         save_plot(report, plot)
+    if otlp_endpoint is not None:
+        _push(report, tenant, otlp_endpoint)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
         Console().print(report.table())
         typer.echo(terminal_plot(report))
+
+
+def _push(report: OverheadReport, tenant: str, endpoint: str) -> None:
+    from anamorph.telemetry import setup
+
+    telemetry = setup("anamorph-canary", otlp_endpoint=endpoint)
+    report.record(telemetry.meter, tenant=tenant)
+    telemetry.shutdown()
 
 
 def _encrypted(keys: KeyService, tenant: str, model: str) -> Target:

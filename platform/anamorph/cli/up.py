@@ -26,6 +26,7 @@ def up(
         typer.Option(help="Hugging Face folder with a tokenizer; by default SmolLM2-135M-Instruct."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type that the engines compute in.")] = "float32",
+    otlp_endpoint: Annotated[str | None, typer.Option(help="Collector of traces and metrics.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay; Ctrl-C stops everything.")] = False,
 ) -> None:
     """Start key service, reconciler and Ray Serve with two tenants, and leave them running."""
@@ -34,15 +35,17 @@ def up(
     place.create()
     if foreground:
         with watched(place, remove=False):
-            _bring_up(console, place, model, dtype)
+            _bring_up(console, place, model, dtype, otlp_endpoint)
             _wait_for_signal(console)
             with undisturbed(), console.status("stopping"):
                 stop(place)
         return
-    _bring_up(console, place, model, dtype)
+    _bring_up(console, place, model, dtype, otlp_endpoint)
 
 
-def _bring_up(console: Console, home: Home, folder: Path | None, dtype: Dtype) -> None:
+def _bring_up(
+    console: Console, home: Home, folder: Path | None, dtype: Dtype, otlp_endpoint: str | None
+) -> None:
     with home.locked():
         if is_up(home):
             console.print("It runs already.")
@@ -52,7 +55,7 @@ def _bring_up(console: Console, home: Home, folder: Path | None, dtype: Dtype) -
                 steps.say("looking for the model")
                 found = folder.absolute() if folder else default_model(dtype, steps.say)
                 served = ServedModel(found, dtype=dtype)
-                start(home, Plan(served), steps.say, steps.report)
+                start(home, Plan(served, otlp_endpoint=otlp_endpoint), steps.say, steps.report)
         show_urls(console, home.running())
 
 

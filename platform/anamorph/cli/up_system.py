@@ -34,6 +34,7 @@ class Plan:
         proxies: whose OpenAI proxy runs.
         interval_s: pause between two turns of the operator.
         materializer: another command for materialisation jobs, for tests.
+        otlp_endpoint: collector that every component sends traces and metrics to.
     """
 
     model: ServedModel
@@ -42,6 +43,7 @@ class Plan:
     baseline: bool = True
     interval_s: float = 0.5
     materializer: str | None = None
+    otlp_endpoint: str | None = None
     timeout_s: float = 600
 
 
@@ -142,7 +144,7 @@ class _Starter:
         ready = self._home.root / "keysvc.port"
         ready.unlink(missing_ok=True)
         url = f"http://127.0.0.1:{port}"
-        options = ["--port", str(port), "--port-file", str(ready)]
+        options = ["--port", str(port), "--port-file", str(ready), *self._telemetry()]
         running = self._spawn("key-service", "anamorph_keysvc.main", "serve", *place, *options, keysvc=url)
         await_file(ready, running, 60)
         return url
@@ -165,8 +167,13 @@ class _Starter:
         if self._plan.materializer is not None:
             options["materializer"] = self._plan.materializer
         flags = [f"--{name}={value}" for name, value in options.items()]
+        flags += self._telemetry()
         serve, dashboard = ray.serve_url, ray.dashboard_url
         self._spawn("operator", "anamorph_operator.main", "local", *flags, serve=serve, dashboard=dashboard)
+
+    def _telemetry(self) -> list[str]:
+        endpoint = self._plan.otlp_endpoint
+        return [] if endpoint is None else [f"--otlp-endpoint={endpoint}"]
 
     def _start_proxy(self, tenant: str, url: str, port: int) -> None:
         self._say(f"starting {tenant}'s local OpenAI proxy")
@@ -181,6 +188,7 @@ class _Starter:
             "port-file": ready,
         }
         flags = [f"--{option}={value}" for option, value in options.items()]
+        flags += self._telemetry()
         place = {name: f"http://127.0.0.1:{port}/v1"}
         await_file(ready, self._spawn(name, "anamorph.cli", "proxy", *flags, **place), 90)
 

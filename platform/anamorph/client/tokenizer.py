@@ -59,6 +59,9 @@ class Tokenizer:
     Args:
         folder: local folder with ``tokenizer.json``; code in it is never run.
 
+    Attributes:
+        size: one more than the highest id.
+
     Raises:
         SetupError: the folder holds no tokenizer.
     """
@@ -70,13 +73,9 @@ class Tokenizer:
         self._template = _chat_template(self.folder)
         self._tokenizer = _load(self.folder)
         self._byte_level = _is_byte_level(self._tokenizer.backend_tokenizer.to_str())
+        # Kept: the library builds a dictionary each time it is asked.
+        self.size: int = 1 + max(self._tokenizer.get_vocab().values())
         self._added: dict[int, AddedToken] = self._tokenizer.added_tokens_decoder
-
-    @property
-    def size(self) -> int:
-        """One more than the highest id."""
-        ids: dict[str, int] = self._tokenizer.get_vocab()
-        return max(ids.values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the special tokens that the tokenizer puts around a text.

@@ -21,7 +21,7 @@ from anamorph.wire.states import State
 
 CLIENTS = 4
 MAX_TOKENS = 12
-LONGEST_S = 300
+LONGEST_S = 900
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -53,9 +53,13 @@ class Tally:
     def table(self, versions: Sequence[KeyVersionRead]) -> Table:
         """The tally as it stands, with the state of each version."""
         table = Table("requests sent", "failed", "answered with a wrong key", "longest wait", "versions")
-        states = "  ".join(f"v{version.version} {version.state.value}" for version in versions)
-        table.add_row(str(self.sent), str(self.failed), str(self.wrong), f"{self.longest:.2f} s", states)
+        wait = f"{self.longest:.2f} s"
+        table.add_row(str(self.sent), str(self.failed), str(self.wrong), wait, _spelled(versions))
         return table
+
+
+def _spelled(versions: Sequence[KeyVersionRead]) -> str:
+    return "  ".join(f"v{version.version} {version.state.value}" for version in versions)
 
 
 def rotate_under_load(stage: Stage) -> None:
@@ -94,7 +98,7 @@ async def _rotate(stage: Stage, questions: list[Question]) -> Tally:
 
 async def _see_it_through(stage: Stage, admin: AsyncKeyService, tally: Tally) -> None:
     """From the request to rotate until version 1 is retired and its application gone."""
-    deadline = time.monotonic() + LONGEST_S
+    deadline, states = time.monotonic() + LONGEST_S, dict[int, State]()
     with Live(console=stage.console, refresh_per_second=4, transient=True) as live:
         await asyncio.sleep(2)
         await admin.rotate(ACME, MODEL)
@@ -102,7 +106,9 @@ async def _see_it_through(stage: Stage, admin: AsyncKeyService, tally: Tally) ->
             versions = [one async for one in aeverything(admin.list_versions, ACME, MODEL)]
             versions.sort(key=lambda version: version.version)
             live.update(tally.table(versions))
-            states = {version.version: version.state for version in versions}
+            before, states = states, {version.version: version.state for version in versions}
+            if states != before:
+                stage.console.print(f"  {_spelled(versions)}  after {tally.sent} requests", highlight=False)
             if states.get(2) is State.FAILED:
                 raise MaterializationError("version 2 failed; the operator's log says why")
             if states[1] is State.RETIRED:
