@@ -20,7 +20,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -35,6 +34,7 @@ import httpx
 import psutil
 
 from anamorph.errors import SetupError
+from anamorph.serve.session import Session
 
 STATE_FILE = "ray.json"
 # Ray puts Unix sockets 60 characters below its temporary folder; a socket's path ends at 107.
@@ -77,11 +77,14 @@ class RayProcess:
 
     def alive(self) -> bool:
         """Whether the session's leader runs; it ends itself when GCS, raylet or dashboard die."""
-        return _is_leader(self, zombies=False)
+        return self._session().led()
 
     def pids(self) -> list[int]:
         """Every live process of the cluster, workers included."""
-        return _session(self)
+        return self._session().members()
+
+    def _session(self) -> Session:
+        return Session(self.pid, self.started)
 
     def save(self) -> None:
         """Write ``home/ray.json`` (nothing secret), from which ``load`` reads it back."""
@@ -150,16 +153,11 @@ def stop_ray(process: RayProcess, *, grace_s: float = 2) -> None:
     Raises:
         SetupError: a process survives SIGKILL.
     """
-    if _is_leader(process, zombies=False):
-        _signal([process.pid], signal.SIGTERM)
-        _wait_empty(process, grace_s)
-    deadline = time.monotonic() + 20
-    while remaining := _session(process):
-        if time.monotonic() > deadline:
-            raise SetupError(f"processes {remaining} of Ray do not end")
-        _signal(remaining, signal.SIGKILL)
-        _wait_empty(process, 1)
-    _reap(process.pid)
+    session = process._session()
+    try:
+        session.end(grace_s)
+    except TimeoutError as error:
+        raise SetupError(f"Ray does not end: {error}") from error
     _tidy(process)
 
 
@@ -278,49 +276,6 @@ def _ready(http: httpx.Client, process: RayProcess, body: dict[str, Any]) -> boo
     with suppress(httpx.TransportError):
         return http.put(url, headers=process.headers(), json=body).is_success
     return False
-
-
-def _is_leader(process: RayProcess, *, zombies: bool) -> bool:
-    try:
-        leader = psutil.Process(process.pid)
-        same = abs(leader.create_time() - process.started) < 1
-        return same and (zombies or leader.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _session(process: RayProcess) -> list[int]:
-    # A session's number is not given to a new process while a member lives; a leader with another
-    # start time therefore means that our session is gone and the number belongs to somebody else.
-    if psutil.pid_exists(process.pid) and not _is_leader(process, zombies=True):
-        return []
-    return [pid for pid in psutil.pids() if _in_session(pid, process.pid)]
-
-
-def _in_session(pid: int, session: int) -> bool:
-    try:
-        return os.getsid(pid) == session and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        return False
-
-
-def _signal(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def _wait_empty(process: RayProcess, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while _session(process) and time.monotonic() < deadline:
-        _reap(process.pid)
-        time.sleep(0.05)
-
-
-def _reap(pid: int) -> None:
-    # Only the process that started the cluster is its parent.
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
 
 
 def _tidy(process: RayProcess) -> None:
