@@ -240,9 +240,9 @@ def test_a_large_body_is_refused(http: httpx.Client) -> None:
 
 def test_the_default_limit_is_the_rest_of_the_context(http: httpx.Client) -> None:
     """A chat without a limit may fill the context, here 4096 tokens, and no more."""
-    response = chat(http, max_tokens=None)
-    usage = response.json()["usage"]
-    assert usage["total_tokens"] == 4096
+    messages = [{"role": "user", "content": "0123456789" * 400}]
+    response = chat(http, messages=messages, max_tokens=None)
+    assert response.json()["usage"]["total_tokens"] == 4096
     assert response.json()["choices"][0]["finish_reason"] == "length"
 
 
