@@ -22,10 +22,10 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from anamorph.cli.up_home import MODEL, Home, Running
-from anamorph.cli.up_processes import alive, marked, spawn
-from anamorph.cli.up_system import Plan, start, stop
-from anamorph.cli.up_tenants import ServedModel, keys_as, platform_keys
+from anamorph.cli.machine.home import MODEL, Home, Running
+from anamorph.cli.machine.processes import alive, marked, spawn
+from anamorph.cli.machine.system import Plan, start, stop
+from anamorph.cli.machine.tenants import ServedModel, keys_as, platform_keys
 from anamorph.client import TokenCodec
 from anamorph.errors import ServiceError
 from anamorph.keys import VocabKey

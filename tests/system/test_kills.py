@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from anamorph.cli.up_home import MODEL
+from anamorph.cli.machine.home import MODEL
 from anamorph.client import Client, TokenCodec
 from anamorph.errors import ServiceError
 from anamorph.wire.admin import Role

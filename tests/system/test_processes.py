@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from anamorph.cli.up_home import Home, Running, SystemState, write_private
-from anamorph.cli.up_processes import alive, end, end_marked, marked, spawn
-from anamorph.cli.up_system import is_up, stop
+from anamorph.cli.machine.home import Home, Running, SystemState, write_private
+from anamorph.cli.machine.processes import alive, end, end_marked, marked, spawn
+from anamorph.cli.machine.system import is_up, stop
 from anamorph.errors import SetupError
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
@@ -120,8 +120,8 @@ def test_the_watchdog_cleans_up_after_a_killed_command(
     ready = home.root / "ready"
     code = (
         "import time, pathlib\n"
-        "from anamorph.cli.up_home import Home\n"
-        "from anamorph.cli.up_watchdog import watched\n"
+        "from anamorph.cli.machine.home import Home\n"
+        "from anamorph.cli.machine.watchdog import watched\n"
         f"with watched(Home(pathlib.Path({str(home.root)!r})), remove=True):\n"
         f"    open({str(ready)!r}, 'w').close(); time.sleep(300)"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from anamorph.cli.up_home import MODEL
+from anamorph.cli.machine.home import MODEL
 from anamorph.client import AsyncClient, TokenCodec
 from anamorph.errors import AnamorphError
 from anamorph.wire.admin import ModelCreate

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from anamorph.cli.up_home import MODEL
-from anamorph.cli.up_processes import marked
+from anamorph.cli.machine.home import MODEL
+from anamorph.cli.machine.processes import marked
 from anamorph.client import Client
 from anamorph.keys import TenantKey
 from anamorph.telemetry import build

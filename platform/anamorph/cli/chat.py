@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anamorph.cli.up_home import MODEL, TENANTS, Home, HomeOption
+from anamorph.cli.machine.home import MODEL, TENANTS, Home, HomeOption
 from anamorph.errors import ServiceError
 
 

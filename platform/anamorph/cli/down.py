@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from anamorph.cli.up_home import Home, HomeOption
-from anamorph.cli.up_processes import marked
-from anamorph.cli.up_signals import undisturbed
-from anamorph.cli.up_system import stop
+from anamorph.cli.machine.home import Home, HomeOption
+from anamorph.cli.machine.processes import marked
+from anamorph.cli.machine.signals import undisturbed
+from anamorph.cli.machine.system import stop
 
 
 def down(home: HomeOption = None) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from anamorph.cli.machine.home import Home, HomeOption, SystemState
+from anamorph.cli.machine.processes import alive
+from anamorph.cli.machine.tenants import platform_keys
 from anamorph.cli.output import AsJson
-from anamorph.cli.up_home import Home, HomeOption, SystemState
-from anamorph.cli.up_processes import alive
-from anamorph.cli.up_tenants import platform_keys
 from anamorph.errors import ServiceError
 from anamorph.serve.local_ray import RayProcess
 from anamorph.wire.admin import KeyVersionRead

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from anamorph.cli.up_home import MODEL, TENANTS, Home, HomeOption, SystemState
-from anamorph.cli.up_model import default_model
-from anamorph.cli.up_progress import Steps
-from anamorph.cli.up_signals import end_as_interrupt, undisturbed
-from anamorph.cli.up_system import Plan, is_up, start, stop
-from anamorph.cli.up_tenants import ServedModel
-from anamorph.cli.up_watchdog import watched
+from anamorph.cli.machine.home import MODEL, TENANTS, Home, HomeOption, SystemState
+from anamorph.cli.machine.model import default_model
+from anamorph.cli.machine.progress import Steps
+from anamorph.cli.machine.signals import end_as_interrupt, undisturbed
+from anamorph.cli.machine.system import Plan, is_up, start, stop
+from anamorph.cli.machine.tenants import ServedModel
+from anamorph.cli.machine.watchdog import watched
 from anamorph.wire.admin import Dtype
 
 

@@ -20,10 +20,10 @@ from anamorph.cli.demo.refusals import show_refusals
 from anamorph.cli.demo.rotation import rotate_under_load
 from anamorph.cli.demo.stage import Stage
 from anamorph.cli.demo.start import start_everything
-from anamorph.cli.up_home import Home
-from anamorph.cli.up_signals import end_as_interrupt, undisturbed
-from anamorph.cli.up_system import stop
-from anamorph.cli.up_watchdog import watched
+from anamorph.cli.machine.home import Home
+from anamorph.cli.machine.signals import end_as_interrupt, undisturbed
+from anamorph.cli.machine.system import stop
+from anamorph.cli.machine.watchdog import watched
 from anamorph.wire.admin import Dtype
 
 ACTS: tuple[tuple[str, Callable[[Stage], None]], ...] = (

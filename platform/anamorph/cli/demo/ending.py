@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from anamorph.cli.demo.stage import Stage
-from anamorph.cli.up_processes import marked
-from anamorph.cli.up_signals import undisturbed
-from anamorph.cli.up_system import stop
+from anamorph.cli.machine.processes import marked
+from anamorph.cli.machine.signals import undisturbed
+from anamorph.cli.machine.system import stop
 
 
 def leave_nothing(stage: Stage) -> None:

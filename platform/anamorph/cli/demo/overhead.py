@@ -7,8 +7,8 @@ from rich.progress import Progress
 
 from anamorph.canary import OverheadReport, Target, measure, save_plot, terminal_plot
 from anamorph.cli.demo.stage import ACME, Stage
-from anamorph.cli.up_home import MODEL
-from anamorph.cli.up_tenants import active_version
+from anamorph.cli.machine.home import MODEL
+from anamorph.cli.machine.tenants import active_version
 from anamorph.errors import SetupError
 
 PROMPT_TOKENS = 48

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from anamorph.cli.demo.stage import ACME, Stage
-from anamorph.cli.up_home import MODEL
+from anamorph.cli.machine.home import MODEL
 from anamorph.client import Client
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import httpx
 from rich.table import Table
 
 from anamorph.cli.demo.stage import ACME, GLOBEX, Stage
-from anamorph.cli.up_home import MODEL
-from anamorph.cli.up_tenants import active_version
+from anamorph.cli.machine.home import MODEL
+from anamorph.cli.machine.tenants import active_version
 from anamorph.errors import SetupError
 from anamorph.replica import MANIFEST, Identity, ReplicaManifest, seal
 from anamorph.replica.location import local_path

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from anamorph.cli.demo.refusals import ask, show
 from anamorph.cli.demo.stage import ACME, Stage
-from anamorph.cli.up_home import MODEL
+from anamorph.cli.machine.home import MODEL
 from anamorph.client import AsyncClient
 from anamorph.errors import AnamorphError, MaterializationError
 from anamorph.wire.admin import KeyVersionRead

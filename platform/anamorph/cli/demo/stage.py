@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from anamorph.cli.demo.plain import PlainModel
-from anamorph.cli.up_home import MODEL, Home
-from anamorph.cli.up_model import default_model
-from anamorph.cli.up_tenants import keys_as, platform_keys
+from anamorph.cli.machine.home import MODEL, Home
+from anamorph.cli.machine.model import default_model
+from anamorph.cli.machine.tenants import keys_as, platform_keys
 from anamorph.client.tokenizer import Tokenizer
 from anamorph.wire.admin import Dtype, Role
 from anamorph.wire.keyservice import KeyService

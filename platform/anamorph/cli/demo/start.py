@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from anamorph.cli.demo.stage import Stage
-from anamorph.cli.up_home import MODEL
-from anamorph.cli.up_progress import Steps
-from anamorph.cli.up_system import Plan, start
-from anamorph.cli.up_tenants import ServedModel
+from anamorph.cli.machine.home import MODEL
+from anamorph.cli.machine.progress import Steps
+from anamorph.cli.machine.system import Plan, start
+from anamorph.cli.machine.tenants import ServedModel
 from anamorph.wire.admin import RotationPolicy
 from anamorph.wire.keyservice import everything
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from anamorph.cli.up_home import Running
+from anamorph.cli.machine.home import Running
 from anamorph.errors import SetupError
 
 MARK = "ANAMORPH_INSTANCE"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from anamorph.cli.up_home import MODEL, Home, write_private
+from anamorph.cli.machine.home import MODEL, Home, write_private
 from anamorph.client.tokenizer import chat_template_digest, tokenizer_digest
 from anamorph.errors import Conflict, MaterializationError, NotFound, SetupError
 from anamorph.wire.admin import (

@@ -1,4 +1,4 @@
-"""Cleans up after a command that was killed: ``python -m anamorph.cli.up_watchdog HOME [--remove]``.
+"""Cleans up after a command that was killed: ``python -m anamorph.cli.machine.watchdog HOME [--remove]``.
 
 It waits for the end of its standard input, which the kernel brings about however the
 command at the other end dies, and then does what ``anamorph down`` does.
@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from anamorph.cli.up_home import Home
+from anamorph.cli.machine.home import Home
 
 
 @contextmanager
 def watched(home: Home, *, remove: bool) -> Iterator[None]:
     """Run a block under a watchdog; at its end the watchdog does its work and is waited for."""
-    command = [sys.executable, "-m", "anamorph.cli.up_watchdog", str(home.root)]
+    command = [sys.executable, "-m", "anamorph.cli.machine.watchdog", str(home.root)]
     with subprocess.Popen(
         [*command, *(["--remove"] if remove else [])], stdin=subprocess.PIPE, start_new_session=True
     ) as process:
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    from anamorph.cli.up_system import stop
+    from anamorph.cli.machine.system import stop
 
     home = Home(Path(arguments[0]))
     stop(home)

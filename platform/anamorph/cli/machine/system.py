@@ -15,9 +15,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from anamorph.cli.up_home import MODEL, TENANTS, Home, Running, SystemState, write_private
-from anamorph.cli.up_processes import MARK, alive, await_file, end, end_marked, spawn
-from anamorph.cli.up_tenants import Report, ServedModel, await_active, ensure_tenant
+from anamorph.cli.machine.home import MODEL, TENANTS, Home, Running, SystemState, write_private
+from anamorph.cli.machine.processes import MARK, alive, await_file, end, end_marked, spawn
+from anamorph.cli.machine.tenants import Report, ServedModel, await_active, ensure_tenant
 from anamorph.errors import SetupError
 from anamorph.serve.local_ray import RayProcess, start_ray, stop_ray
 

@@ -1,0 +1,1 @@
+"""The whole system on one machine: what ``up``, ``down``, ``status`` and ``demo`` stand on."""
