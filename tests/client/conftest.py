@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,27 +172,39 @@ def real_system(smollm2: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def deployed_system(smollm2: Tokenizer) -> System:
-    """A system that runs already, Ray and all, with SmolLM2: its proxy, and one endpoint to count at."""
-    proxy, endpoint = os.environ["ANAMORPH_TEST_PROXY"], os.environ["ANAMORPH_TEST_ENDPOINT"]
-    model = httpx.get(f"{proxy}/v1/models").json()["data"][0]["id"]
+def deployed_system(smollm2: Tokenizer) -> Iterator[System]:
+    """The whole product as `anamorph up` starts it: key service, operator, Ray, SmolLM2."""
+    # Ray's sockets lie below the home, and the names of sockets are limited.
+    with tempfile.TemporaryDirectory(prefix="an-") as folder, ExitStack() as stays:
+        stays.callback(anamorph, "down", "--home", folder)
+        anamorph("up", "--home", folder)
+        urls = json.loads((Path(folder) / "state.json").read_text())["urls"]
+        endpoint = f"{urls['serve']}/acme/smollm2/v1"
+        proxy = urls["proxy-acme"].removesuffix("/v1")
+        yield System(proxy, "smollm2", smollm2, lambda: running_sequences(endpoint))
 
-    def in_flight() -> int:
-        page = httpx.get(f"{endpoint}/metrics").text
-        counted = re.findall(r"^anamorph_engine_sequences_running\S* (\S+)$", page, re.MULTILINE)
-        return int(float(counted[0]))
 
-    return System(proxy, model, smollm2, in_flight)
+def anamorph(*arguments: str) -> None:
+    """Run the command line as a user would."""
+    done = subprocess.run(
+        [sys.executable, "-m", "anamorph.cli", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def running_sequences(endpoint: str) -> int:
+    """Sequences in the engine's batch, as its metrics page tells."""
+    page = httpx.get(f"{endpoint}/metrics").text
+    counted = re.findall(r"^anamorph_engine_sequences_running\S* (\S+)$", page, re.MULTILINE)
+    return int(float(counted[0]))
 
 
 REAL = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
-SYSTEMS = ["fake_system", pytest.param("real_system", marks=REAL)]
-if "ANAMORPH_TEST_PROXY" in os.environ:
-    SYSTEMS.append(pytest.param("deployed_system", marks=REAL))
+SYSTEMS = ["fake_system", *(pytest.param(name, marks=REAL) for name in ("real_system", "deployed_system"))]
 
 
 @pytest.fixture(params=SYSTEMS)
 def system(request: pytest.FixtureRequest) -> System:
-    """A running proxy: before the fake engine, before a real model, and before one that runs elsewhere."""
+    """A running proxy: before the fake engine, before a real model, and before the whole product on Ray."""
     chosen: System = request.getfixturevalue(request.param)
     return chosen

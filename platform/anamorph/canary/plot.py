@@ -33,7 +33,7 @@ def save_plot(report: OverheadReport, path: Path) -> None:
         for box, (_, colour) in zip(boxes["boxes"], _SIDES, strict=True):
             box.set_facecolor(colour)
         axis.set_title(TITLES[measure])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max(max(side) for side in data))
     _draw_ratios(report, axes[2])
     figure.savefig(path, dpi=120, format="png")
 
