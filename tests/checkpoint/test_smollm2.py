@@ -17,12 +17,10 @@ from anamorph.plan import PROFILES, Profile
 
 pytestmark = pytest.mark.slow
 
-TEXT = (
-    "The Rosetta Stone carries one decree in three scripts: hieroglyphic, Demotic and Greek. "
-    "Because the Greek could be read, scholars had a way into the other two, and within a few "
-    "decades the hieroglyphs, silent for fourteen centuries, could be read again. "
-    "def fold(base, out, key):\n    return publish(plan(key, table(base)), out)\n"
-)
+# Enough of it, and of different kinds: over a few dozen tokens an error is mostly chance.
+ROOT = Path(__file__).parents[2]
+TEXTS = ("LICENSE", "docs/concepts.md", "platform/anamorph/pipeline.py")
+LENGTH = 256
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +31,7 @@ def base() -> Path:
 @pytest.fixture(scope="module")
 def ids(base: Path) -> torch.Tensor:
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    text: torch.Tensor = tokenizer(TEXT, return_tensors="pt").input_ids
-    return text
+    return torch.tensor([tokenizer((ROOT / text).read_text()).input_ids[:LENGTH] for text in TEXTS])
 
 
 @pytest.fixture(scope="module")
