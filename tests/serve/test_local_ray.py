@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -32,21 +34,29 @@ def running(pid: int, name: str) -> bool:
         return False
 
 
+def environment(pid: int) -> dict[str, str]:
+    """What a process inherited; nothing for one that has just ended."""
+    try:
+        return dict(psutil.Process(pid).environ())
+    except psutil.NoSuchProcess:
+        return {}
+
+
 def test_a_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loopback only, token required, no foreign environment; a second start refuses; stop leaves nothing."""
     monkeypatch.setenv("ANAMORPH_CANARY_SECRET", "must-not-be-inherited")
     ray = start_ray(tmp_path, num_cpus=2)
     try:
         assert addresses(ray) == {"127.0.0.1"}
-        assert not any(
-            "ANAMORPH_CANARY_SECRET" in psutil.Process(p).environ() for p in (ray.pid, *ray.pids())
-        )
+        assert "ANAMORPH_CANARY_SECRET" not in psutil.Process(ray.pid).environ()
+        assert not any("ANAMORPH_CANARY_SECRET" in environment(pid) for pid in ray.pids())
         api = f"{ray.dashboard_url}/api/serve/applications/"
-        assert httpx.get(api).status_code == 401
-        assert httpx.get(api, headers={"Authorization": "Bearer wrong"}).status_code == 403
-        assert httpx.get(api, headers=ray.headers()).json()["http_options"]["host"] == "127.0.0.1"
+        with httpx.Client(timeout=60) as http:
+            assert http.get(api).status_code == 401
+            assert http.get(api, headers={"Authorization": "Bearer wrong"}).status_code == 403
+            assert http.get(api, headers=ray.headers()).json()["http_options"]["host"] == "127.0.0.1"
+            assert http.get(f"{ray.serve_url}/nothing").json()["error"]["code"] == "not_found"
         assert ray.token_file.stat().st_mode & 0o777 == 0o600
-        assert httpx.get(f"{ray.serve_url}/nothing").json()["error"]["code"] == "not_found"
         with pytest.raises(SetupError, match="still running"):
             start_ray(tmp_path)
         assert RayProcess.load(tmp_path) == ray
@@ -70,6 +80,27 @@ def test_killed_parts_leave_nothing_behind(tmp_path: Path, part: str) -> None:
     finally:
         stop_ray(ray)
     assert not [name for pid, name in names.items() if running(pid, name)]
+
+
+def test_a_ray_that_gives_up_is_started_again(tmp_path: Path) -> None:
+    """A cluster that dies while it starts leaves nothing behind, and another takes its place."""
+    victims: list[int] = []
+
+    def kill_the_first() -> None:
+        while (first := RayProcess.load(tmp_path)) is None:
+            time.sleep(0.01)
+        victims.append(first.pid)
+        os.kill(first.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    ray = start_ray(tmp_path, num_cpus=2)
+    try:
+        killer.join()
+        assert ray.alive()
+        assert [ray.pid] != victims
+    finally:
+        stop_ray(ray)
 
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:

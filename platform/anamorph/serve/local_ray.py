@@ -37,6 +37,10 @@ from anamorph.errors import SetupError
 from anamorph.serve.session import Session
 
 STATE_FILE = "ray.json"
+START_LOG = "ray-start.log"
+# On a busy machine Ray gives up after 30 s of waiting for its own parts, and a port that was
+# free when it was drawn may be taken by then: both are worth another try.
+ATTEMPTS = 3
 # Ray puts Unix sockets 60 characters below its temporary folder; a socket's path ends at 107.
 LONGEST_TEMP_DIR = 46
 # What Ray and its workers may inherit. Everything else, credentials above all, stays outside.
@@ -132,16 +136,28 @@ def start_ray(
     previous = RayProcess.load(home)
     if previous is not None and previous.pids():
         raise SetupError(f"Ray of {home} is still running; stop it first")
-    ports = _free_ports(9)
-    ports[0] = http_port or ports[0]
-    process = _spawn(home, ports, num_cpus, object_store_bytes, env or {})
+    deadline = time.monotonic() + timeout_s
+    for _ in range(ATTEMPTS):
+        ports = _free_ports(9)
+        ports[0] = http_port or ports[0]
+        process = _spawn(home, ports, num_cpus, object_store_bytes, env or {})
+        if _came_up(process, deadline):
+            return process
+        if time.monotonic() > deadline:
+            break
+    raise SetupError(f"Ray did not start; see {home / START_LOG}")
+
+
+def _came_up(process: RayProcess, deadline: float) -> bool:
+    """Whether it answers in time; what does not is stopped."""
+    up = False
     try:
         process.save()
-        _await_serve(process, time.monotonic() + timeout_s)
-    except BaseException:
-        stop_ray(process)
-        raise
-    return process
+        up = _await_serve(process, deadline)
+    finally:
+        if not up:
+            stop_ray(process)
+    return up
 
 
 def stop_ray(process: RayProcess, *, grace_s: float = 2) -> None:
@@ -236,7 +252,7 @@ def _environment(token_file: Path, ports: list[int], extra: Mapping[str, str]) -
 
 
 def _log_to(home: Path) -> list[tuple[Any, ...]]:
-    log = str(home / "ray-start.log")
+    log = str(home / START_LOG)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     return [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -261,14 +277,16 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _await_serve(process: RayProcess, deadline: float) -> None:
+def _await_serve(process: RayProcess, deadline: float) -> bool:
+    """Whether Ray and Serve answer before the deadline, and before Ray gives up."""
     # The empty list starts Serve's controller and proxy with these HTTP options, once and for all.
     body = {"proxy_location": "HeadOnly", "http_options": process.http_options(), "applications": []}
     with httpx.Client(timeout=30, trust_env=False) as http:
         while not _ready(http, process, body):
             if not process.alive() or time.monotonic() > deadline:
-                raise SetupError(f"Ray did not start; see {process.home / 'ray-start.log'}")
+                return False
             time.sleep(0.1)
+    return True
 
 
 def _ready(http: httpx.Client, process: RayProcess, body: dict[str, Any]) -> bool:
