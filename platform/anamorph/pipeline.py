@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anamorph import checkpoint
-from anamorph.checkpoint import FoldReport
+from anamorph.checkpoint import MAX_SHARD_SIZE, FoldReport
 from anamorph.checkpoint.probe import make_probe
 from anamorph.errors import ReplicaRefused
 from anamorph.keys import TenantKey
@@ -23,9 +23,6 @@ from anamorph.wire.admin import Dtype, Materialized, Profile
 
 Progress = Callable[[str, float], None]
 """Called with the name of a phase and how much of it is done, 0 to 1."""
-
-MAX_SHARD_SIZE = 2**29
-"""Bytes of a shard, unless the caller says otherwise."""
 
 
 def _silent(_phase: str, _done: float) -> None:

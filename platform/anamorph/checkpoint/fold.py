@@ -19,6 +19,7 @@ from anamorph.keys import TenantKey
 from anamorph.plan import Profile, TransformPlan, build_plan
 
 MAX_SHARD_SIZE = 2**29
+"""Bytes of a shard, unless the caller says otherwise."""
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 

@@ -138,7 +138,7 @@ def start_ray(
         raise SetupError(f"Ray of {home} is still running; stop it first")
     deadline = time.monotonic() + timeout_s
     for _ in range(ATTEMPTS):
-        ports = _free_ports(9)
+        ports = free_ports(9)
         ports[0] = http_port or ports[0]
         process = _spawn(home, ports, num_cpus, object_store_bytes, env or {})
         if _came_up(process, deadline):
@@ -269,7 +269,8 @@ def _new_token(path: Path) -> Path:
     return path.absolute()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on now, all different; another process may still take one."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

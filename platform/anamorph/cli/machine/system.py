@@ -19,7 +19,7 @@ from anamorph.cli.machine.home import MODEL, TENANTS, Home, Running, SystemState
 from anamorph.cli.machine.processes import MARK, alive, await_file, end, end_marked, spawn
 from anamorph.cli.machine.tenants import Report, ServedModel, await_active, ensure_tenant
 from anamorph.errors import SetupError
-from anamorph.serve.local_ray import RayProcess, start_ray, stop_ray
+from anamorph.serve.local_ray import RayProcess, free_ports, start_ray, stop_ray
 
 Say = Callable[[str], None]
 
@@ -206,7 +206,7 @@ def _ports(home: Home, names: tuple[str, ...]) -> dict[str, int]:
     file = home.root / "ports.json"
     known: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
     fresh = [name for name in names if name not in known]
-    known |= dict(zip(fresh, _free_ports(len(fresh)), strict=True))
+    known |= dict(zip(fresh, free_ports(len(fresh)), strict=True))
     write_private(file, json.dumps(known))
     for name in names:
         with socket.socket() as probe:
@@ -216,14 +216,3 @@ def _ports(home: Home, names: tuple[str, ...]) -> dict[str, int]:
             except OSError:
                 raise SetupError(f"port {known[name]} ({name}) is taken; free it or delete {file}") from None
     return {name: known[name] for name in names}
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
