@@ -14,8 +14,17 @@ NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { command -v "$$name"; break; }; done)
 
+# Real servers for the tests. Where their builds lie beside the checkout they are unpacked; elsewhere
+# PATH or ANAMORPH_TEST_BIN offers them, and tests whose server is missing say what to install.
+UNPACK := $(wildcard ../shared/bin/unpack)
+SERVERS := vault toxiproxy-server etcd kube-apiserver
+WITH_SERVERS = $(if $(UNPACK),ANAMORPH_TEST_BIN="$${ANAMORPH_TEST_BIN:-$$("$(PYTHON)" $(UNPACK) $(SERVERS))}")
+
 # Every process of a test or demo imports large packages: compiled once, they load faster.
 unexport PYTHONDONTWRITEBYTECODE
+
+SIDE_BY_SIDE := -n 2 --dist loadfile
+REPORT = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit lint format bench docs clean
@@ -36,11 +45,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole product on this machine, with a real model
 	$(BIN)/anamorph demo $(ARGS)
 
+# Most tests run side by side; what starts Ray or the whole system has the machine to itself.
+# REPORTS=folder keeps what happened there, for programs. 5: ARGS has chosen nothing of this half.
 test: $(READY)  ## every test
-	$(BIN)/pytest $(ARGS)
+	$(WITH_SERVERS) $(BIN)/pytest -m "not alone" $(SIDE_BY_SIDE) $(call REPORT,shared) $(ARGS) || [ $$? -eq 5 ]
+	$(WITH_SERVERS) $(BIN)/pytest -m alone $(call REPORT,alone) $(ARGS) || [ $$? -eq 5 ]
 
 test-unit: $(READY)  ## the quick tests
-	$(BIN)/pytest -m "not slow and not real" $(ARGS)
+	$(BIN)/pytest -m "not slow and not real" $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, import rules
 	$(BIN)/ruff check .
@@ -56,6 +68,7 @@ bench: $(READY)  ## the benchmarks, one after the other
 	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 
 docs: $(READY)  ## the documentation as a site, in build/docs; fails on a dead link
+	$(BIN)/python -m anamorph_keysvc.reference docs/api.md
 	$(BIN)/uv tool run --python $(BIN)/python --with-requirements docs/requirements.txt zensical build --strict --clean
 
 clean:  ## remove everything that the other targets made

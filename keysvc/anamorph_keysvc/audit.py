@@ -8,7 +8,7 @@ from sqlmodel import Session, col, select
 
 from anamorph.wire import audit as chain
 from anamorph.wire.admin import AuditRead
-from anamorph_keysvc.tables import Audit
+from anamorph_keysvc.tables import Audit, Tenant
 
 
 def append(
@@ -23,9 +23,11 @@ def append(
 ) -> None:
     """Add one row to a tenant's chain, in the transaction of what it records.
 
-    The primary key (tenant, sequence) makes the second of two writers at the same
-    head fail, whatever the database's isolation.
+    Writers of one chain take turns by a lock on the tenant, the last that a transaction
+    takes. Should two stand at one head all the same, the primary key (tenant, sequence)
+    makes the second fail.
     """
+    take_turn(session, tenant)
     row = chain.next_row(
         head(session, tenant),
         tenant=tenant,
@@ -37,6 +39,12 @@ def append(
     )
     session.add(Audit(**row.model_dump()))
     session.flush()
+
+
+def take_turn(session: Session, tenant: str) -> None:
+    """Wait for the tenant's other writers, who from then on wait for this transaction."""
+    # FOR NO KEY UPDATE: rows that refer to the tenant may be written meanwhile.
+    session.exec(select(Tenant.id).where(Tenant.id == tenant).with_for_update(key_share=True))
 
 
 def head(session: Session, tenant: str) -> chain.Checkpoint:

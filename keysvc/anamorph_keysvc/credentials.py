@@ -10,11 +10,10 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlmodel import Session, select
-
 from anamorph import errors
 from anamorph.wire.admin import Role
-from anamorph_keysvc.tables import ApiKey, Grant
+from anamorph_keysvc.database import Database
+from anamorph_keysvc.scope import Scope, scope_of
 
 API_KEY = "amk_"
 GRANT = "amg_"
@@ -40,6 +39,11 @@ class Caller:
     tenant: str | None = None
     grant: GrantHolder | None = None
 
+    @property
+    def scope(self) -> Scope:
+        """What this caller's sessions see: its tenant's rows, or the platform's."""
+        return scope_of(self.tenant)
+
 
 def mint(prefix: str, entropy: Callable[[int], bytes]) -> str:
     """A new secret: prefix and 256 bits, URL-safe."""
@@ -51,37 +55,19 @@ def hashed(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def looks_like_ours(authorization: str) -> bool:
-    """Whether an Authorization header could be one of our credentials at all."""
-    scheme, _, secret = authorization.partition(" ")
-    return scheme.lower() == "bearer" and secret.startswith((API_KEY, GRANT))
-
-
-def authenticate(session: Session, authorization: str | None) -> Caller:
-    """The caller that an Authorization header belongs to.
+def holder(database: Database, secret: str) -> Caller:
+    """The caller that an API key or grant belongs to.
 
     Raises:
-        Unauthenticated: none, foreign, unknown or revoked; one error for all.
+        Unauthenticated: unknown or revoked; one error for both.
     """
-    secret = (authorization or "").partition(" ")[2]
-    if authorization is None or not looks_like_ours(authorization):
+    known = database.find_credential(hashed(secret))
+    if known is None or known.revoked:
         raise _refused()
-    return _key_holder(session, secret) if secret.startswith(API_KEY) else _grant_holder(session, secret)
-
-
-def _key_holder(session: Session, secret: str) -> Caller:
-    key = session.exec(select(ApiKey).where(ApiKey.hash == hashed(secret))).one_or_none()
-    if key is None or key.revoked_at is not None:
-        raise _refused()
-    return Caller(actor=f"key:{key.id}", role=key.role, tenant=key.tenant)
-
-
-def _grant_holder(session: Session, secret: str) -> Caller:
-    grant = session.exec(select(Grant).where(Grant.hash == hashed(secret))).one_or_none()
-    if grant is None:
-        raise _refused()
-    holder = GrantHolder(grant.id, grant.tenant, grant.model, grant.version)
-    return Caller(actor=f"grant:{grant.id}", tenant=grant.tenant, grant=holder)
+    if known.role is not None:
+        return Caller(actor=f"key:{known.id}", role=Role(known.role), tenant=known.tenant)
+    grant = GrantHolder(known.id, known.tenant or "", known.model or "", known.version or 0)
+    return Caller(actor=f"grant:{known.id}", tenant=known.tenant, grant=grant)
 
 
 def _refused() -> errors.Unauthenticated:

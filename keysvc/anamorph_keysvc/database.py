@@ -1,34 +1,57 @@
-"""The database: connections, transactions, schema.
+"""The database: connections, transactions, credentials' lookup.
 
-SQLite runs in WAL mode with one writer at a time: a write transaction takes the
-write lock when it begins, so what it reads cannot change before it commits.
+A session is one transaction and has a scope. SQLite runs in WAL mode with one writer at
+a time: a write transaction takes the write lock when it begins, so what it reads cannot
+change before it commits. On PostgreSQL rows are locked as they are read for a change.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
 
 from anamorph import errors
+from anamorph_keysvc import deadline
+from anamorph_keysvc.scope import Scope, narrow
+from anamorph_keysvc.watchdog import Watchdog
 
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON")
+# Without a request's deadline around it, a transaction may take this long.
+_LONGEST_S = 30.0
+_RETRIED = {"40001", "40P01", "55P03"}  # serialization failure, deadlock, a lock not had in time
+# No driver gives up connecting sooner.
+_CONNECT_S = 2
+
+
+@dataclass(frozen=True)
+class Credential:
+    """What is stored of an API key (``role``) or a grant (``model``, ``version``)."""
+
+    id: str
+    tenant: str | None
+    role: str | None
+    model: str | None
+    version: int | None
+    revoked: bool
 
 
 class Database:
     """One database; hands out sessions that are one transaction each."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, most: int = 64) -> None:
         self.engine = engine
+        self._watchdog = Watchdog()
+        # The pool would let callers wait for as long as it likes, not for as long as they have.
+        self._free = threading.BoundedSemaphore(most)
 
     @classmethod
     def sqlite(cls, path: Path, *, busy_timeout_s: float = 15) -> Database:
@@ -42,31 +65,144 @@ class Database:
             connect_args={"timeout": busy_timeout_s},
         )
         event.listen(engine, "connect", _prepare)
-        event.listen(engine, "begin", _begin)
+        event.listen(engine, "begin", _begin_sqlite)
         return cls(engine)
 
+    @classmethod
+    def postgresql(cls, url: str, *, pool_size: int = 16) -> Database:
+        """A PostgreSQL database, as the login role ``anamorph_service``.
+
+        ``url`` is SQLAlchemy's or libpq's; its password comes from libpq's password file
+        or from certificates, not from the URL.
+
+        Raises:
+            SetupError: not a PostgreSQL URL, or one with a password in it.
+        """
+        engine = create_engine(
+            postgresql_url(url),
+            hide_parameters=True,
+            pool_size=pool_size,
+            max_overflow=0,
+            # Restarted servers are noticed when a transaction begins, and there retried.
+            connect_args={"connect_timeout": _CONNECT_S, "application_name": "anamorph-keysvc"},
+        )
+        event.listen(engine, "do_connect", _refuse_late)
+        event.listen(engine, "begin", _begin_postgresql)
+        return cls(engine, most=pool_size)
+
+    @property
+    def dialect(self) -> str:
+        """``sqlite`` or ``postgresql``."""
+        return self.engine.dialect.name
+
     @contextmanager
-    def read(self) -> Iterator[Session]:
+    def read(self, scope: Scope) -> Iterator[Session]:
         """A transaction that sees one state of the database and changes nothing."""
-        connection = self.engine.connect().execution_options(anamorph_read_only=True)
-        with connection, _translated(), Session(connection, expire_on_commit=False) as session:
+        with (
+            translated(),
+            self._begun(scope, read_only=True) as connection,
+            Session(connection, expire_on_commit=False) as session,
+        ):
+            narrow(session, scope)
             yield session
 
     @contextmanager
-    def write(self) -> Iterator[Session]:
+    def write(self, scope: Scope) -> Iterator[Session]:
         """A transaction that commits when the block ends well, and leaves no trace otherwise.
 
         Raises:
             Conflict: a constraint refused it because another transaction came first.
-            Unavailable: the write lock could not be had in time.
+            Unavailable: the database cannot be reached, or not in time.
         """
-        with _translated(), Session(self.engine, expire_on_commit=False) as session, session.begin():
-            session.connection()  # takes the write lock now, not at the first statement
-            yield session
+        with translated(), self._begun(scope, read_only=False) as connection:
+            with Session(connection, expire_on_commit=False) as session:
+                narrow(session, scope)
+                session.info["locks"] = True
+                yield session
+                session.flush()
+            connection.commit()
+
+    def find_credential(self, hashed: str) -> Credential | None:
+        """The API key or grant with this hash, whosever it is."""
+        # Before a tenant is known; on PostgreSQL a function is all that sees every tenant's.
+        source = "find_credential(:hash)" if self.dialect == "postgresql" else _CREDENTIALS
+        statement = text(f"SELECT id, tenant, role, model, version, revoked FROM {source}")  # noqa: S608
+        with translated(), self._begun(Scope("anamorph_api"), read_only=True) as connection:
+            row = connection.execute(statement, {"hash": hashed}).one_or_none()
+        if row is None:
+            return None
+        return Credential(row.id, row.tenant, row.role, row.model, row.version, bool(row.revoked))
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+        self._watchdog.close()
+
+    @contextmanager
+    def _begun(self, scope: Scope, *, read_only: bool) -> Iterator[Connection]:
+        """A connection with a transaction begun, closed after the block however it ends."""
+        options: dict[str, Any] = {"anamorph_scope": scope, "anamorph_read_only": read_only}
+        if self.dialect == "postgresql" and read_only:
+            options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        with self._turn():
+            for again in (True, False):
+                connection = self.engine.connect()
+                with self._watched(connection, deadline.left(_LONGEST_S)), connection:
+                    if _began(connection, options, again=again):
+                        yield connection
+                        return
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._free.acquire(timeout=deadline.left(_LONGEST_S)):
+            raise _busy()
+        try:
+            yield
+        finally:
+            self._free.release()
+
+    @contextmanager
+    def _watched(self, connection: Connection, seconds: float) -> Iterator[None]:
+        if self.dialect != "postgresql":
+            yield
+            return
+        driver: Any = connection.connection.driver_connection
+        with self._watchdog.watch(driver.fileno(), seconds):
+            yield
+
+
+def postgresql_url(url: str) -> str:
+    """``url`` for SQLAlchemy with the psycopg driver.
+
+    Raises:
+        SetupError: not a PostgreSQL URL, or one with a password in it.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() not in {"postgresql", "postgres"}:
+        raise errors.SetupError("the database's URL starts with 'postgresql://'")
+    if parsed.password:
+        raise errors.SetupError(
+            "no password in the database's URL: put it into a password file (PGPASSFILE, ~/.pgpass)"
+        )
+    return parsed.set(drivername="postgresql+psycopg").render_as_string()
+
+
+def _began(connection: Connection, options: dict[str, Any], *, again: bool) -> bool:
+    """Begin the transaction; ``False`` if the pooled connection was dead and another may be tried."""
+    try:
+        connection.execution_options(**options).begin()
+    except DBAPIError as error:
+        if again and error.connection_invalidated:
+            return False
+        raise
+    return True
+
+
+_CREDENTIALS = """(
+    SELECT id, tenant, role, NULL AS model, NULL AS version, revoked_at IS NOT NULL AS revoked
+        FROM api_key WHERE hash = :hash
+    UNION ALL SELECT id, tenant, NULL, model, version, FALSE FROM release_grant WHERE hash = :hash
+)"""
 
 
 def _prepare(connection: Any, _record: Any) -> None:
@@ -78,13 +214,35 @@ def _prepare(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def _begin(connection: Connection) -> None:
+def _begin_sqlite(connection: Connection) -> None:
     read_only = connection.get_execution_options().get("anamorph_read_only", False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
+def _refuse_late(*_: Any) -> None:
+    """Begin no new connection that could take longer than there is time."""
+    if deadline.left(_CONNECT_S) < _CONNECT_S:
+        raise _busy()
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    """Take the scope's role and tenant for this transaction; without a scope, nothing is allowed."""
+    scope: Scope | None = connection.get_execution_options().get("anamorph_scope")
+    if scope is not None:
+        connection.exec_driver_sql(
+            "SELECT set_config('role', %s, true), set_config('anamorph.tenant', %s, true)",
+            (scope.role, scope.tenant or ""),
+        )
+
+
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """What the database raises, as errors of ours.
+
+    Raises:
+        Conflict: a constraint was hit.
+        Unavailable: the database is away or busy.
+    """
     try:
         yield
     except IntegrityError as error:
@@ -92,36 +250,18 @@ def _translated() -> Iterator[None]:
             "another change came first, or the change breaks an invariant: read the object again",
             code="conflict",
         ) from error
-    except OperationalError as error:
-        if "locked" not in str(error.orig):
+    except PoolTimeout as error:
+        raise _busy() from error
+    except DBAPIError as error:
+        if "locked" in str(error.orig) or getattr(error.orig, "sqlstate", None) in _RETRIED:
+            raise _busy() from error
+        # What ends a connection comes as errors of several kinds.
+        if not (isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated):
             raise
-        raise errors.Unavailable("the database is busy; try again", code="busy", retry_after=1) from error
+        raise errors.Unavailable(
+            "the database does not answer; try again", code="database_unavailable", retry_after=5
+        ) from error
 
 
-def alembic_config(connection: Connection | None = None) -> Config:
-    """Alembic's configuration, for a connection that is already open."""
-    config = Config()
-    config.set_main_option("script_location", "anamorph_keysvc:migrations")
-    config.attributes["connection"] = connection
-    return config
-
-
-def upgrade(database: Database) -> None:
-    """Bring the schema to the newest revision."""
-    with database.engine.connect() as connection:
-        command.upgrade(alembic_config(connection), "head")
-
-
-def check_schema(database: Database) -> None:
-    """Refuse a database whose schema is not the one of this release.
-
-    Raises:
-        SetupError: older or newer.
-    """
-    newest = ScriptDirectory.from_config(alembic_config()).get_current_head()
-    with database.engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    if current != newest:
-        raise errors.SetupError(
-            f"the database is at revision {current}, this release needs {newest}: run 'anamorph-keysvc init'"
-        )
+def _busy() -> errors.Unavailable:
+    return errors.Unavailable("the database is busy; try again", code="busy", retry_after=1)

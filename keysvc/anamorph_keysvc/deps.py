@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Path, Request, Response
@@ -18,9 +19,12 @@ from anamorph import errors
 from anamorph.wire.admin import KeyVersionRead, Role
 from anamorph.wire.ids import Label
 from anamorph_keysvc import idempotency
-from anamorph_keysvc.credentials import Caller, authenticate, looks_like_ours
+from anamorph_keysvc.credentials import Caller, holder
 from anamorph_keysvc.idempotency import InFlight
-from anamorph_keysvc.metrics import Metrics
+from anamorph_keysvc.identity.bearer import Identity
+from anamorph_keysvc.identity.unverified import refused
+from anamorph_keysvc.observe import Observer
+from anamorph_keysvc.ratelimit import RateLimits, kind_of
 from anamorph_keysvc.service.work import Service, Work
 
 T = TypeVar("T", bound=BaseModel)
@@ -33,9 +37,9 @@ async def _service(request: Request) -> Service:
     return service
 
 
-async def _metrics(request: Request) -> Metrics:
-    metrics: Metrics = request.app.state.metrics
-    return metrics
+async def _observer(request: Request) -> Observer:
+    observer: Observer = request.app.state.observer
+    return observer
 
 
 async def _body(request: Request) -> bytes:
@@ -44,18 +48,32 @@ async def _body(request: Request) -> bytes:
 
 Authorization = Annotated[str | None, Header(include_in_schema=False)]
 TheService = Annotated[Service, Depends(_service)]
-TheMetrics = Annotated[Metrics, Depends(_metrics)]
+TheObserver = Annotated[Observer, Depends(_observer)]
 
 
-async def refuse_foreign(authorization: Authorization = None) -> None:
+async def _identity(request: Request) -> Identity:
+    identity: Identity = request.app.state.identity
+    return identity
+
+
+TheIdentity = Annotated[Identity, Depends(_identity)]
+
+
+async def refuse_foreign(identity: TheIdentity, authorization: Authorization = None) -> None:
     """Refuse a credential that is not ours, such as an inference token, even where none is needed."""
-    if authorization is not None and not looks_like_ours(authorization):
-        raise errors.Unauthenticated("this credential is not for the key service", code="unauthenticated")
+    if authorization is not None and not identity.looks_like_ours(authorization):
+        raise refused()
 
 
-def _authenticated(service: TheService, authorization: Authorization = None) -> Caller:
-    with service.database.read() as session:
-        return authenticate(session, authorization)
+def _authenticated(
+    request: Request, service: TheService, identity: TheIdentity, authorization: Authorization = None
+) -> Caller:
+    limits: RateLimits = request.app.state.rate_limits
+    address = request.client.host if request.client is not None else None
+    with limits.attempt(address, authorization):
+        caller = identity.authenticate(lambda secret: holder(service.database, secret), authorization)
+    limits.check(caller, kind_of(request.method, request.scope["path"]))
+    return caller
 
 
 Authenticated = Annotated[Caller, Depends(_authenticated)]
@@ -100,6 +118,7 @@ Anyone = Annotated[Caller, Depends(Allow(*_TENANT_ROLES, Role.PLATFORM))]
 TokenHolders = Annotated[Caller, Depends(Allow(Role.CLIENT, Role.ADMIN, Role.PLATFORM))]
 ClientOrGrant = Annotated[Caller, Depends(Allow(Role.CLIENT, Role.ADMIN, grant=True))]
 PlatformOrGrant = Annotated[Caller, Depends(Allow(Role.PLATFORM, grant=True))]
+PlatformOrMaterializer = Annotated[Caller, Depends(Allow(Role.PLATFORM, Role.MATERIALIZER))]
 GrantOnly = Annotated[Caller, Depends(Allow(grant=True))]
 
 TenantId = Annotated[Label, Path()]
@@ -119,20 +138,28 @@ class Mutation:
     """Does a change for its caller: one transaction, under the Idempotency-Key if there is one."""
 
     service: Service
-    actor: str
+    caller: Caller
     key: str | None
     request_digest: str
     in_flight: InFlight
-    expected: int | None
-    """The row version of an If-Match."""
+    if_match: int | None
+    _compared: list[int | None] = field(default_factory=list)
+
+    @property
+    def expected(self) -> int | None:
+        """The row version of an If-Match, for whoever compares it."""
+        self._compared.append(self.if_match)
+        return self.if_match
 
     def __call__(self, answer: type[T], action: Callable[[Work], T]) -> T:
         """What ``action`` answers, or answered the first time."""
         if self.key is None:
-            with self.service.work(self.actor) as work:
-                return action(work)
-        with self.in_flight.hold(self.actor, self.key), self.service.work(self.actor) as work:
-            return idempotency.once(work, self.key, self.request_digest, answer, action)
+            with self.work() as work:
+                return self._act(work, action)
+        with self.in_flight.hold(self.caller.actor, self.key), self.work() as work:
+            return idempotency.once(
+                work, self.key, self.request_digest, answer, lambda first: self._act(first, action)
+            )
 
     def version(self, response: Response, action: Callable[[Work], KeyVersionRead]) -> KeyVersionRead:
         """As a call, for what answers a key version, whose ETag it sets."""
@@ -147,8 +174,19 @@ class Mutation:
             BadRequest: the caller sent an Idempotency-Key.
         """
         self.refuse_key()
-        with self.service.work(self.actor) as work:
-            return action(work)
+        with self.work() as work:
+            return self._act(work, action)
+
+    def _act(self, work: Work, action: Callable[[Work], T]) -> T:
+        """Act, and undo it if the caller relies on a comparison that was not made."""
+        answer = action(work)
+        if self.if_match is not None and not self._compared:
+            raise errors.BadRequest("this call takes no If-Match", code="if_match_not_supported")
+        return answer
+
+    def work(self) -> AbstractContextManager[Work]:
+        """A write transaction on the caller's behalf, in the caller's scope."""
+        return self.service.work(self.caller.actor, self.caller.scope)
 
     def refuse_key(self) -> None:
         """Refuse an Idempotency-Key.
@@ -188,7 +226,7 @@ async def _mutation(
     what = (request.method, request.url.path, if_match or "")
     return Mutation(
         service,
-        caller.actor,
+        caller,
         None if idempotency_key is None else idempotency.check_key(idempotency_key),
         idempotency.digest(*(part.encode() for part in what), body),
         request.app.state.in_flight,

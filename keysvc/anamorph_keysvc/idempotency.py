@@ -22,6 +22,7 @@ from sqlalchemy import delete
 from sqlmodel import col
 
 from anamorph import errors
+from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service.work import Service, Work
 from anamorph_keysvc.tables import Answer
 
@@ -96,6 +97,7 @@ def once(work: Work, key: str, request_digest: str, answer: type[T], action: Cal
         Answer(
             actor=work.actor,
             key=key,
+            tenant=work.session.info["scope"].tenant,
             request_digest=request_digest,
             body=result.model_dump_json(),
             created_at=work.now,
@@ -106,6 +108,6 @@ def once(work: Work, key: str, request_digest: str, answer: type[T], action: Cal
 
 def forget_old(service: Service) -> None:
     """Delete stored answers past their time."""
-    with service.work("service") as work:
+    with service.work("service", WORKER) as work:
         oldest = work.now - timedelta(seconds=service.limits.idempotency_ttl_s)
         work.session.exec(delete(Answer).where(col(Answer.created_at) < oldest))

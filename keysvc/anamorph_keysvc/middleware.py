@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anamorph import errors
-from anamorph_keysvc import problems
+from anamorph_keysvc import deadline, problems
 
 
 class NoStore:
@@ -59,3 +59,19 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+class Deadline:
+    """Gives each request one deadline for all that it waits for."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self.app = app
+        self.seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on within its deadline; the start of the app has none."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        with deadline.within(self.seconds):
+            await self.app(scope, receive, send)

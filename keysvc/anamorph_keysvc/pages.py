@@ -56,11 +56,17 @@ def _position(token: str, order: tuple[Any, ...]) -> list[Any]:
         values = json.loads(base64.b64decode(token.encode(), altchars=b"-_", validate=True))
     except ValueError:
         values = None
-    kinds = [column.type.python_type for column in order]
+    # SQLModel's text columns are decorated types, which do not say what they hold.
+    kinds = [getattr(column.type, "impl_instance", column.type).python_type for column in order]
     if not isinstance(values, list) or [type(value) for value in values] != kinds:
         raise errors.BadRequest(
             "no such page: take next_page from the answer before", code="invalid_page", param="page"
         )
-    if any(kind is int and abs(value) >= 2**63 for kind, value in zip(kinds, values, strict=True)):
+    if not all(_storable(value) for value in values):
         raise errors.BadRequest("no such page", code="invalid_page", param="page")
     return values
+
+
+def _storable(value: Any) -> bool:
+    """Whether a database can be asked for it: no huge number, no NUL, no lone surrogate."""
+    return abs(value) < 2**63 if isinstance(value, int) else str(value).isprintable()

@@ -9,7 +9,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from anamorph import errors
 from anamorph.wire import problems
@@ -17,6 +19,29 @@ from anamorph.wire import problems
 MEDIA_TYPE = "application/problem+json"
 
 _log = logging.getLogger(__name__)
+
+
+class Fault(BaseModel):
+    """One field of a request that does not fit."""
+
+    field: str
+    reason: str
+
+
+class Problem(BaseModel):
+    """Body of every error answer (RFC 9457).
+
+    ``code`` is what programs go by, ``param`` the field or parameter at fault;
+    ``errors`` comes with the code ``invalid_request``.
+    """
+
+    type: str = Field(json_schema_extra={"format": "uri-reference"})
+    title: str
+    status: int = Field(ge=400, le=599)
+    detail: str
+    code: str = ""
+    param: str = ""
+    errors: list[Fault] = Field(default=[], max_length=20)
 
 
 def install(app: FastAPI) -> None:
@@ -41,6 +66,10 @@ def answer(error: errors.ServiceError, **more: Any) -> JSONResponse:
 async def _ours(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, errors.ServiceError):
         return answer(error)
+    if isinstance(error, errors.SetupError):
+        # Says which file or role of this process is wrong, which is for its log only.
+        _log.error("not set up: %s", error)
+        return answer(errors.Unavailable("this process is not set up; its log says why", code="not_ready"))
     if isinstance(error, errors.InvalidId):
         return answer(errors.Unprocessable(str(error), code="invalid_id"))
     return await _unexpected(request, error)
@@ -59,10 +88,12 @@ async def _invalid(_request: Request, error: Exception) -> JSONResponse:
     )
 
 
-async def _framework(_request: Request, error: Exception) -> JSONResponse:
+async def _framework(request: Request, error: Exception) -> JSONResponse:
     """What Starlette and FastAPI answer by themselves: unknown route, method, oversized body."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = dict(getattr(error, "headers", None) or {})
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = _allowed(request)
     kind = problems.STATUS.get(status)
     if kind is not None:
         plain = answer(kind(HTTPStatus(status).phrase, code=_CODES.get(status)))
@@ -73,7 +104,17 @@ async def _framework(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, status, headers, MEDIA_TYPE)
 
 
-_CODES = {404: "no_route", 413: "body_too_large"}
+def _allowed(request: Request) -> str:
+    """The methods of a path. Starlette names those of the first route that has it; ours have one each."""
+    tried = {method: {**request.scope, "method": method} for method in ("DELETE", "GET", "PATCH", "POST")}
+    return ", ".join(
+        method
+        for method, scope in tried.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    )
+
+
+_CODES = {400: "unreadable_body", 404: "no_route", 413: "body_too_large"}
 
 
 async def _unexpected(_request: Request, error: Exception) -> JSONResponse:

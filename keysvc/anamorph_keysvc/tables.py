@@ -29,12 +29,27 @@ from anamorph_keysvc.columns import Base, UtcDateTime, enum_column
 # A rotation is in flight while its version is in one of these.
 IN_FLIGHT = (State.PENDING, State.MATERIALIZING, State.STAGED)
 
+# Conditions of partial indexes, as both databases read them.
+_ACTIVE = text("state = 'ACTIVE'")
+_IN_FLIGHT = text("state IN ('PENDING', 'MATERIALIZING', 'STAGED')")
+_SPENT = text("state = 'ACTIVE' AND served_tokens >= token_limit")
+_RUNNING = text("status = 'running'")
+_SHREDDING = text("kind = 'shred' AND status = 'running'")
+_ROTATION = text("kind = 'rotate'")
+_CURRENT = text("voided_at IS NULL")
+_UNSENT = text("status = 'pending'")
+
 
 class Tenant(Base, table=True):
+    """``kek`` is the opaque name of the tenant's key-encryption key."""
+
     __tablename__: ClassVar[Any] = "tenant"
+    __table_args__ = (UniqueConstraint("kek"),)
 
     id: str = Field(primary_key=True)
     display_name: str
+    kek: str
+    quota: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)
     created_at: datetime = Field(sa_type=UtcDateTime)
 
 
@@ -65,6 +80,11 @@ class Model(Base, table=True):
 class KeyVersion(Base, table=True):
     """One key version. ``ciphertext`` is the wrapped root, erased when DESTROYED.
 
+    Until it is prepared, ``key_id`` and what goes with it are absent. ``rotate_at`` and
+    ``token_limit`` are when an ACTIVE version is replaced, drawn from the policy when it
+    became ACTIVE or the policy changed. ``kek_version`` is the version of the tenant's
+    KEK that ``ciphertext`` opens with.
+
     ``previous_state`` is where SUSPENDED returns to, and for DESTROY_SCHEDULED
     where it came from, which decides whether it may be restored.
     """
@@ -76,6 +96,17 @@ class KeyVersion(Base, table=True):
         CheckConstraint("version >= 1", name="version"),
         CheckConstraint("served_tokens >= 0", name="served_tokens"),
         CheckConstraint("state <> 'DESTROYED' OR ciphertext IS NULL", name="erased"),
+        CheckConstraint(
+            "state IN ('PENDING', 'FAILED', 'COMPROMISED', 'DESTROY_SCHEDULED', 'DESTROYED')"
+            " OR key_id IS NOT NULL",
+            name="prepared",
+        ),
+        CheckConstraint(
+            "(key_id IS NULL) = (kcv IS NULL) AND (key_id IS NULL) = (vocab_kcv IS NULL)"
+            " AND (key_id IS NULL) = (public_key IS NULL) AND (ciphertext IS NULL OR key_id IS NOT NULL)"
+            " AND (ciphertext IS NULL) = (kek_version IS NULL)",
+            name="whole",
+        ),
         CheckConstraint("state <> 'DRAINING' OR drain_until IS NOT NULL", name="drain_until"),
         CheckConstraint("state <> 'DESTROY_SCHEDULED' OR destroy_at IS NOT NULL", name="destroy_at"),
         CheckConstraint(
@@ -91,16 +122,19 @@ class KeyVersion(Base, table=True):
             "tenant",
             "model",
             unique=True,
-            sqlite_where=text("state = 'ACTIVE'"),
-            postgresql_where=text("state = 'ACTIVE'"),
+            sqlite_where=_ACTIVE,
+            postgresql_where=_ACTIVE,
         ),
+        Index("ix_key_version_state", "state"),
+        Index("ix_key_version_rotate_at", "rotate_at", sqlite_where=_ACTIVE, postgresql_where=_ACTIVE),
+        Index("ix_key_version_token_limit", "tenant", "model", sqlite_where=_SPENT, postgresql_where=_SPENT),
         Index(
             "uq_key_version_in_flight",
             "tenant",
             "model",
             unique=True,
-            sqlite_where=text("state IN ('PENDING', 'MATERIALIZING', 'STAGED')"),
-            postgresql_where=text("state IN ('PENDING', 'MATERIALIZING', 'STAGED')"),
+            sqlite_where=_IN_FLIGHT,
+            postgresql_where=_IN_FLIGHT,
         ),
     )
 
@@ -109,17 +143,22 @@ class KeyVersion(Base, table=True):
     version: int = Field(primary_key=True)
     state: State = Field(sa_type=enum_column(State, "state"))
     previous_state: State | None = Field(default=None, sa_type=enum_column(State, "previous_state"))
-    key_id: str
-    kcv: str
-    vocab_kcv: str
-    public_key: str
-    ciphertext: bytes | None = Field(sa_type=LargeBinary, repr=False)
+    key_id: str | None = None
+    kcv: str | None = None
+    vocab_kcv: str | None = None
+    public_key: str | None = None
+    ciphertext: bytes | None = Field(default=None, sa_type=LargeBinary, repr=False)
+    kek_version: int | None = None
     row_version: int = 1
     created_at: datetime = Field(sa_type=UtcDateTime)
     updated_at: datetime = Field(sa_type=UtcDateTime)
     activated_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     drain_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
     destroy_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    destroyed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    destroy_complete_after: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    rotate_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    token_limit: int | None = Field(default=None, sa_type=BigInteger)
     endpoint: str | None = None
     artifact: dict[str, Any] | None = Field(default=None, sa_type=JSON(none_as_null=True))
     failure: str | None = None
@@ -132,24 +171,52 @@ def _of_version(*more: Any) -> tuple[Any, ...]:
 
 
 class Operation(Base, table=True):
-    """A rotation as its caller follows it: one per version."""
+    """Long work as its caller follows it, and the lease of whoever is at it.
+
+    A ``rotate`` belongs to a version; a ``shred`` to a tenant's KEK, of whose versions
+    it erases those below ``floor``. ``next_attempt_at`` is absent while the next step is
+    somebody else's, such as the operator's.
+    """
 
     __tablename__: ClassVar[Any] = "operation"
     __table_args__ = _of_version(
-        UniqueConstraint("tenant", "model", "version"),
+        ForeignKeyConstraint(["tenant"], ["tenant.id"]),
+        CheckConstraint("kind IN ('rotate', 'shred')", name="kind"),
+        CheckConstraint("kind <> 'rotate' OR (model IS NOT NULL AND version IS NOT NULL)", name="subject"),
         CheckConstraint("progress BETWEEN 0 AND 1", name="progress"),
+        CheckConstraint("(leased_by IS NULL) = (leased_until IS NULL)", name="lease"),
+        Index(
+            "uq_operation_rotation",
+            "tenant",
+            "model",
+            "version",
+            unique=True,
+            sqlite_where=_ROTATION,
+            postgresql_where=_ROTATION,
+        ),
+        Index(
+            "uq_operation_shred", "tenant", unique=True, sqlite_where=_SHREDDING, postgresql_where=_SHREDDING
+        ),
+        Index("ix_operation_tenant", "tenant", "id"),
+        Index("ix_operation_due", "next_attempt_at", sqlite_where=_RUNNING, postgresql_where=_RUNNING),
     )
 
     id: str = Field(primary_key=True)
+    kind: str
     tenant: str
-    model: str
-    version: int
+    model: str | None = None
+    version: int | None = None
     status: OperationStatus = Field(sa_type=enum_column(OperationStatus, "status"))
     phase: str
     progress: float = 0.0
     error: str | None = None
     created_at: datetime = Field(sa_type=UtcDateTime)
     updated_at: datetime = Field(sa_type=UtcDateTime)
+    attempts: int = 0
+    next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    leased_by: str | None = None
+    leased_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    floor: int | None = None
 
 
 class Grant(Base, table=True):
@@ -164,8 +231,8 @@ class Grant(Base, table=True):
             "model",
             "version",
             unique=True,
-            sqlite_where=text("voided_at IS NULL"),
-            postgresql_where=text("voided_at IS NULL"),
+            sqlite_where=_CURRENT,
+            postgresql_where=_CURRENT,
         ),
     )
 
@@ -201,6 +268,7 @@ class ApiKey(Base, table=True):
         ForeignKeyConstraint(["tenant"], ["tenant.id"]),
         UniqueConstraint("hash"),
         CheckConstraint("(role = 'platform') = (tenant IS NULL)", name="platform"),
+        Index("ix_api_key_tenant", "tenant", "id"),
     )
 
     id: str = Field(primary_key=True)
@@ -213,21 +281,38 @@ class ApiKey(Base, table=True):
 
 
 class SigningKey(Base, table=True):
-    """An Ed25519 key that signs inference tokens: public in clear, seed wrapped."""
+    """An Ed25519 key that signs inference tokens: public in clear, seed wrapped.
+
+    It signs from ``signs_from`` until the next key does, is published from the start
+    until ``retired_at``, and its seed is erased then.
+    """
 
     __tablename__: ClassVar[Any] = "signing_key"
+    __table_args__ = (CheckConstraint("retired_at IS NULL OR ciphertext IS NULL", name="erased"),)
 
     kid: str = Field(primary_key=True)
     public_key: str
-    ciphertext: bytes = Field(sa_type=LargeBinary, repr=False)
+    ciphertext: bytes | None = Field(default=None, sa_type=LargeBinary, repr=False)
     created_at: datetime = Field(sa_type=UtcDateTime)
+    signs_from: datetime = Field(sa_type=UtcDateTime)
     retired_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class Backup(Base, table=True):
+    """A backup that was reported: ciphertexts in older ones may be made useless from then on."""
+
+    __tablename__: ClassVar[Any] = "backup"
+
+    id: str = Field(primary_key=True)
+    taken_at: datetime = Field(sa_type=UtcDateTime)
+    recorded_at: datetime = Field(sa_type=UtcDateTime)
 
 
 class Audit(Base, table=True):
     """One row of a tenant's hash chain (``anamorph.wire.audit``); never changed."""
 
     __tablename__: ClassVar[Any] = "audit"
+    __table_args__ = (ForeignKeyConstraint(["tenant"], ["tenant.id"]),)
 
     tenant: str = Field(primary_key=True)
     sequence: int = Field(primary_key=True)
@@ -240,6 +325,64 @@ class Audit(Base, table=True):
     digest: str
 
 
+class AuditCheckpoint(Base, table=True):
+    """A signed head of a tenant's chain; ``exported_at`` is absent until it lies outside."""
+
+    __tablename__: ClassVar[Any] = "audit_checkpoint"
+    __table_args__ = (ForeignKeyConstraint(["tenant"], ["tenant.id"]),)
+
+    tenant: str = Field(primary_key=True)
+    sequence: int = Field(primary_key=True)
+    digest: str
+    at: datetime = Field(sa_type=UtcDateTime)
+    key_version: int
+    signature: str
+    exported_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class Webhook(Base, table=True):
+    """Where a tenant wants to hear of rotations; ``ciphertext`` is its signing secret, wrapped."""
+
+    __tablename__: ClassVar[Any] = "webhook"
+    __table_args__ = (ForeignKeyConstraint(["tenant"], ["tenant.id"]), UniqueConstraint("tenant", "id"))
+
+    id: str = Field(primary_key=True)
+    tenant: str
+    url: str
+    events: list[str] = Field(sa_type=JSON)
+    ciphertext: bytes = Field(sa_type=LargeBinary, repr=False)
+    kek_version: int
+    enabled: bool = True
+    disabled_reason: str | None = None
+    created_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class Delivery(Base, table=True):
+    """One event on its way to one webhook, written in the transaction of what it tells."""
+
+    __tablename__: ClassVar[Any] = "delivery"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant", "webhook"], ["webhook.tenant", "webhook.id"], ondelete="CASCADE"),
+        CheckConstraint("status IN ('pending', 'delivered', 'dead')", name="status"),
+        Index("ix_delivery_due", "next_attempt_at", sqlite_where=_UNSENT, postgresql_where=_UNSENT),
+        Index("ix_delivery_webhook", "tenant", "webhook"),
+    )
+
+    id: str = Field(primary_key=True)
+    tenant: str
+    webhook: str
+    event: str
+    payload: str
+    status: str = "pending"
+    attempts: int = 0
+    created_at: datetime = Field(sa_type=UtcDateTime)
+    next_attempt_at: datetime = Field(sa_type=UtcDateTime)
+    leased_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    delivered_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    last_status: int | None = None
+    last_error: str | None = None
+
+
 class Answer(Base, table=True):
     """What a request under an Idempotency-Key was answered; never holds a secret."""
 
@@ -248,6 +391,23 @@ class Answer(Base, table=True):
 
     actor: str = Field(primary_key=True)
     key: str = Field(primary_key=True)
+    tenant: str | None = None
     request_digest: str
     body: str
     created_at: datetime = Field(sa_type=UtcDateTime)
+
+
+# Tables with a ``tenant`` column, whose rows are that tenant's (or, without one, the platform's).
+OWNED = (
+    Model,
+    KeyVersion,
+    Operation,
+    Grant,
+    Usage,
+    ApiKey,
+    Audit,
+    AuditCheckpoint,
+    Webhook,
+    Delivery,
+    Answer,
+)

@@ -1,14 +1,14 @@
 """Wrapping of roots: the database never holds a key that opens without the wrapper.
 
 Each ciphertext is bound to its record by a context; moved to another record it
-does not open. ``LocalWrapper`` serves one machine, a key-management service comes
-behind the same protocol.
+does not open. ``LocalWrapper`` serves one machine; ``vault.VaultTransitWrapper``
+is the key-management service behind the same protocol.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from anamorph.errors import InvalidKey, SetupError
 
 KEY_BYTES = 32
+# The KEK of secrets that belong to no tenant; a tenant's KEK has a name of its own.
+PLATFORM_KEK = "platform"
 _FORMAT = b"L1"
 _NONCE_BYTES = 12
 
@@ -49,12 +51,21 @@ def signing_context(kid: str) -> Context:
     return Context("", "", 0, f"inference-signing:{kid}")
 
 
+def webhook_context(tenant: str, webhook: str) -> Context:
+    """Context of a webhook's signing secret."""
+    return Context(tenant, "", 0, f"webhook:{webhook}")
+
+
 class KeyWrapper(Protocol):
-    """Encrypts small secrets under a key that never enters the database.
+    """Encrypts small secrets under key-encryption keys (KEKs) that never enter the database.
+
+    A KEK has an opaque name of ``[a-z0-9-]`` and numbered versions; wrapping uses the
+    newest, unwrapping whichever a ciphertext names. No method is called inside a
+    database transaction, since each may be a call over the network.
 
     Implementations raise ``Unavailable`` when they cannot work just now, and
-    ``InvalidKey`` for a ciphertext that does not open under its context, whatever
-    the reason.
+    ``InvalidKey`` for a ciphertext that does not open under its KEK and context,
+    whatever the reason.
     """
 
     @property
@@ -62,12 +73,32 @@ class KeyWrapper(Protocol):
         """Whether the wrapper may stand between tenants' keys and an operator of the database."""
         ...
 
-    def wrap(self, secret: bytes, context: Context) -> bytes:
-        """Ciphertext of ``secret``, bound to ``context``."""
+    def wrap(self, kek: str, secret: bytes, context: Context) -> bytes:
+        """Ciphertext of ``secret``, bound to ``context``; creates the KEK if there is none yet."""
         ...
 
-    def unwrap(self, ciphertext: bytes, context: Context) -> bytes:
-        """The secret that was wrapped under the same context."""
+    def unwrap(self, kek: str, ciphertext: bytes, context: Context) -> bytes:
+        """The secret that was wrapped under the same KEK and context."""
+        ...
+
+    def rewrap(self, kek: str, items: Sequence[tuple[bytes, Context]]) -> list[bytes]:
+        """The same secrets under the newest version of the KEK, in order, without seeing them."""
+        ...
+
+    def kek_version(self, ciphertext: bytes) -> int:
+        """The version of the KEK that a ciphertext was wrapped under; no call is made."""
+        ...
+
+    def newest(self, kek: str) -> int:
+        """The newest version of a KEK, 0 if there is none yet."""
+        ...
+
+    def rotate(self, kek: str) -> int:
+        """Add a version to a KEK; its number."""
+        ...
+
+    def shred(self, kek: str, below: int) -> None:
+        """Erase all versions of a KEK below ``below`` for good; doing it again changes nothing."""
         ...
 
     def check(self) -> None:
@@ -105,12 +136,12 @@ class LocalWrapper:
         check_private(path)
         return cls(path.read_bytes())
 
-    def wrap(self, secret: bytes, context: Context) -> bytes:
+    def wrap(self, kek: str, secret: bytes, context: Context) -> bytes:
         """Format mark, nonce, ciphertext with tag."""
         nonce = self._entropy(_NONCE_BYTES)
-        return _FORMAT + nonce + self._cipher.encrypt(nonce, secret, context.encode())
+        return _FORMAT + nonce + self._cipher.encrypt(nonce, secret, _bound(kek, context))
 
-    def unwrap(self, ciphertext: bytes, context: Context) -> bytes:
+    def unwrap(self, kek: str, ciphertext: bytes, context: Context) -> bytes:
         """The secret again.
 
         Raises:
@@ -120,12 +151,36 @@ class LocalWrapper:
         try:
             if len(body) != len(ciphertext) - len(_FORMAT):
                 raise InvalidTag
-            return self._cipher.decrypt(body[:_NONCE_BYTES], body[_NONCE_BYTES:], context.encode())
+            return self._cipher.decrypt(body[:_NONCE_BYTES], body[_NONCE_BYTES:], _bound(kek, context))
         except (InvalidTag, ValueError):
             raise InvalidKey("a wrapped key does not open for the record it is stored in") from None
 
+    def rewrap(self, kek: str, items: Sequence[tuple[bytes, Context]]) -> list[bytes]:
+        """Fresh ciphertexts: the one key in the file stays."""
+        return [self.wrap(kek, self.unwrap(kek, old, context), context) for old, context in items]
+
+    def kek_version(self, ciphertext: bytes) -> int:  # noqa: ARG002 -- there is one version
+        """Always 1."""
+        return 1
+
+    def newest(self, kek: str) -> int:  # noqa: ARG002 -- as above
+        """Always 1."""
+        return 1
+
+    def rotate(self, kek: str) -> int:  # noqa: ARG002 -- as above
+        """Always 1: a file has no versions, so destruction rests on erasing rows and backups."""
+        return 1
+
+    def shred(self, kek: str, below: int) -> None:
+        """Nothing to erase: there is one version."""
+
     def check(self) -> None:
         """Always able to work."""
+
+
+def _bound(kek: str, context: Context) -> bytes:
+    name = kek.encode()
+    return len(name).to_bytes(4, "big") + name + context.encode()
 
 
 def check_private(path: Path) -> None:

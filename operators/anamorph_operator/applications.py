@@ -34,7 +34,9 @@ def applications(desired: Desired, observed: Observed, now: datetime) -> tuple[A
 
 
 def _door(desired: Desired) -> Application:
-    routes = tuple(_route(version) for version in desired.versions if version.state is not State.FAILED)
+    # A version that is still being prepared has no key id, and nobody can ask for it yet.
+    known = (version for version in desired.versions if version.key_id and version.state is not State.FAILED)
+    routes = tuple(_route(version) for version in known)
     return Application(DOOR, "/", None, DoorState(jwks=desired.jwks, routes=routes))
 
 

@@ -142,7 +142,7 @@ def _verified(view: _View) -> list[Action]:
         return [FailVersion(view.ref, f"the served replica did not answer {check.attempts} probes")]
     if artifact is None or (check is not None and view.now < check.at + view.limits.wait(check.attempts)):
         return []
-    return [Verify(view.ref, view.endpoint, view.version.key_id, artifact.probe)]
+    return [Verify(view.ref, view.endpoint, view.version.require_key_id(), artifact.probe)]
 
 
 def _draining(view: _View) -> list[Action]:
@@ -210,6 +210,8 @@ def _startable(
     model, job = desired.model_of(Ref.of(version)), observed.jobs.get(Ref.of(version))
     if version.state not in _WANTS_JOB or model is None or not allowed(model.base, desired.allow_base):
         return False
+    if version.key_id is None:
+        return False  # the key service is still preparing its key
     return job is None or _may_retry(job, now, limits)
 
 

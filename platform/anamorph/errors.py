@@ -16,6 +16,7 @@
     │   ├── ReplicaRefused     unsigned, altered, foreign or incomplete: one error for all
     │   └── ReplicaExists
     ├── MaterializationError   the replica does not compute what the base computes
+    ├── AuditRefused           an audit log or checkpoint that is forged, damaged or unreadable
     ├── StreamInterrupted      a stream that ended without its finish reason
     ├── SetupError             a missing component or setting on this machine
     └── ServiceError           an answer of the key service or an inference endpoint
@@ -96,6 +97,10 @@ class ReplicaExists(ReplicaError):
 
 class MaterializationError(AnamorphError):
     """The folded replica does not compute what its base computes."""
+
+
+class AuditRefused(AnamorphError):
+    """An audit log or one of its checkpoints is forged, damaged or unreadable."""
 
 
 class StreamInterrupted(AnamorphError):

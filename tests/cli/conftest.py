@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -141,5 +142,53 @@ class Materializing:
 @pytest.fixture
 def materializing(service: Service, base: Path, tmp_path: Path) -> Iterator[Materializing]:
     made = Materializing(service, base, tmp_path)
+    yield made
+    made.close()
+
+
+class Shell:
+    """A tenant of its own, and the command line as its administrator uses it."""
+
+    def __init__(self, run: Run, service: Service, folder: Path) -> None:
+        self._run = run
+        self.url = service.url
+        self.tenant = f"t{uuid.uuid4().hex[:12]}"
+        self.platform_key, self.admin_key = folder / "platform.key", folder / "admin.key"
+        self.platform = KeyService(service.url, service.platform)
+        self.platform.create_tenant(TenantCreate(id=self.tenant))
+        secret = self.platform.create_api_key(self.tenant, ApiKeyCreate(name="a", role=Role.ADMIN)).secret
+        for path, key in ((self.platform_key, service.platform), (self.admin_key, secret)):
+            path.touch(0o600)
+            path.write_text(f"{key}\n")
+        self.admin = KeyService(service.url, secret)
+
+    def __call__(
+        self, *args: object, key: Path | None = None, code: int = 0, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command with the connection's options, by default with the tenant's admin key."""
+        connection = ("--keysvc", self.url, "--api-key-file", key or self.admin_key)
+        done = self._run(*args, *connection, stdin=stdin)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def json(self, *args: object, key: Path | None = None) -> Any:
+        """What a command prints for programs."""
+        return json.loads(self(*args, "--json", key=key).stdout)
+
+    def model(self) -> None:
+        """Register a model called chat."""
+        body = ModelCreate(id="chat", base="/base", vocab_size=64, context_length=64)
+        self.admin.create_model(self.tenant, body)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.platform.close()
+        self.admin.close()
+
+
+@pytest.fixture
+def shell(anamorph: Run, service: Service, tmp_path: Path) -> Iterator[Shell]:
+    made = Shell(anamorph, service, tmp_path)
     yield made
     made.close()

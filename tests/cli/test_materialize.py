@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -20,6 +20,7 @@ import pytest
 from anamorph.cli.materialize import Order, run
 from anamorph.errors import ServiceError
 from anamorph.replica import Store, verify
+from anamorph.wire.admin import ReleaseRead
 from anamorph.wire.keyservice import KeyService
 from anamorph.wire.states import State
 
@@ -33,20 +34,27 @@ def job(anamorph: Run, order: dict[str, Any]) -> CompletedProcess[str]:
 
 
 class Watched(httpx.HTTPTransport):
-    """The network, remembering the released root, and failing where it is told to."""
+    """The network, failing where it is told to."""
 
     def __init__(self, fail_at: str = "nowhere") -> None:
         super().__init__()
-        self.root = b""
         self._fail_at = fail_at
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith(self._fail_at):
             raise httpx.ConnectError("the line went dead")
-        response = super().handle_request(request)
-        if request.url.path.endswith(":release"):
-            self.root = b64decode(json.loads(response.read())["secret"])
-        return response
+        return super().handle_request(request)
+
+
+class Remembering(KeyService):
+    """Keeps the root that it was given: on the network it is sealed."""
+
+    root = b""
+
+    def release(self, *args: Any) -> ReleaseRead:
+        released = super().release(*args)
+        self.root = released.material()
+        return released
 
 
 @pytest.mark.slow
@@ -73,16 +81,15 @@ def test_neither_grant_nor_root_is_left_anywhere(
 ) -> None:
     """Raw, hex or base64: in no file of store or scratch, and nothing printed."""
     order = materializing.order()
-    transport = Watched(fail_at=":stage")
-    keys = KeyService(order["keysvc"], order["grant"], transport=transport)
+    keys = Remembering(order["keysvc"], order["grant"], transport=Watched(fail_at=":stage"))
     with keys, pytest.raises(ServiceError) as caught:
         run(Order.model_validate(order), keys)
     files = [path for top in (materializing.store, materializing.scratch) for path in top.rglob("*")]
     content = b"".join(path.read_bytes() for path in files if path.is_file())
     printed = "".join(capfd.readouterr()) + repr(caught.value) + repr(Order.model_validate(order))
-    assert len(transport.root) == 32
+    assert len(keys.root) == 32
     assert content
-    for secret in (order["grant"].encode(), transport.root, transport.root.hex().encode()):
+    for secret in (order["grant"].encode(), keys.root, keys.root.hex().encode(), b64encode(keys.root)):
         assert secret not in content
         assert secret not in printed.encode()
 

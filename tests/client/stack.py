@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import socket
 import threading
@@ -36,9 +35,9 @@ from anamorph.wire.admin import (
 )
 from anamorph.wire.keyservice import KeyService, everything
 from anamorph.wire.serving import EngineSettings, KeyState, route_prefix
-from anamorph_keysvc import home as keysvc_home
+from anamorph_keysvc import homes as keysvc_home
 from anamorph_keysvc.app import build_app as build_keysvc
-from anamorph_keysvc.home import Home
+from anamorph_keysvc.homes import Home
 
 
 class Server:
@@ -161,7 +160,7 @@ class Stack:
         grant = self.platform.materialize(self.tenant, self.model, version).secret
         record = self.platform.get_version(self.tenant, self.model, version)
         with KeyService(self.keysvc_url, grant) as job:
-            root = base64.b64decode(job.release(self.tenant, self.model, version, "materialize").secret)
+            root = job.release(self.tenant, self.model, version, "materialize").material()
             job.stage(self.tenant, self.model, version, MATERIALIZED)
         key = TenantKey.from_root(root, self.tenant, self.model, version)
         self.serve(record, self._make_engine(key, **options))

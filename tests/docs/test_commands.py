@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,8 +186,15 @@ def test_commands_exist() -> None:
     assert named - COMMANDS.keys() == set()
 
 
+def test_settings_in_toml_can_be_read() -> None:
+    """What people copy into a file is at least of its language."""
+    shown = [block.body for page in PAGES for block in blocks(page) if block.language == "toml"]
+    assert shown
+    assert all(tomllib.loads(text) for text in shown)
+
+
 def test_blocks_say_what_they_are() -> None:
     """A fence names its language, and shell is `sh` or `console`: nothing runnable hides from these tests."""
-    known = {"sh", "console", "python", "text", "json", "http", "yaml", "mermaid"}
+    known = {"sh", "console", "python", "text", "json", "http", "yaml", "toml", "mermaid"}
     strange = [(page.name, block.language) for page in PAGES for block in blocks(page)]
     assert [(name, language) for name, language in strange if language not in known] == []

@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from sqlmodel import select
 
 from anamorph.wire.admin import Role
-from anamorph_keysvc.service import tokens
+from anamorph_keysvc.scope import PLATFORM
 from anamorph_keysvc.tables import Operation
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TENANT = "/v1/tenants/{tenant}"
 MODEL = TENANT + "/models/{model}"
 KEY = MODEL + "/keys/{version:int}"
+WEBHOOK = TENANT + "/webhooks/{webhook:id}"
 ANYONE = "admin rotator client materializer auditor platform"
 PUBLIC = "public"
 
@@ -31,6 +32,14 @@ WHO: dict[str, str] = {
     f"GET {TENANT}/api-keys": "platform admin",
     f"DELETE {TENANT}/api-keys/{{key}}": "platform admin",
     f"GET {TENANT}/audit": "auditor admin",
+    f"GET {TENANT}/quota": "platform admin",
+    f"PATCH {TENANT}/quota": "platform",
+    f"POST {TENANT}/webhooks": "admin",
+    f"GET {TENANT}/webhooks": "admin",
+    f"GET {WEBHOOK}": "admin",
+    f"DELETE {WEBHOOK}": "admin",
+    f"POST {WEBHOOK}:test": "admin",
+    f"GET {WEBHOOK}/deliveries": "admin",
     f"POST {TENANT}/models": "admin",
     f"GET {TENANT}/models": ANYONE,
     f"GET {MODEL}": ANYONE,
@@ -44,7 +53,7 @@ WHO: dict[str, str] = {
     f"POST {KEY}:revoke": "admin",
     f"POST {KEY}:destroy": "admin",
     f"POST {KEY}:restore": "admin",
-    f"POST {KEY}:materialize": "platform",
+    f"POST {KEY}:materialize": "platform materializer",
     f"POST {KEY}:release": "client admin grant",
     f"POST {KEY}:progress": "grant",
     f"POST {KEY}:stage": "grant",
@@ -54,12 +63,14 @@ WHO: dict[str, str] = {
     f"POST {KEY}:destroyed": "platform",
     f"POST {KEY}:usage": "platform",
     f"GET {TENANT}/operations": ANYONE,
-    f"GET {TENANT}/operations/{{operation}}": ANYONE,
-    f"POST {TENANT}/operations/{{operation}}:cancel": "admin rotator platform",
+    f"GET {TENANT}/operations/{{operation:id}}": ANYONE,
+    f"POST {TENANT}/operations/{{operation:id}}:cancel": "admin rotator platform",
     f"POST {MODEL}/inference-tokens": "client admin platform",
     "GET /v1/inference-keys": PUBLIC,
     "GET /v1/versions": "platform",
     "GET /v1/models": "platform",
+    "POST /v1/inference-keys:rotate": "platform",
+    "POST /v1/backups": "platform",
     "GET /livez": PUBLIC,
     "GET /readyz": PUBLIC,
     "GET /metrics": PUBLIC,
@@ -73,9 +84,12 @@ ARTIFACT: dict[str, object] = {
 MODEL_BODY: dict[str, object] = {"id": "m", "base": "b", "vocab_size": 9, "context_length": 9}
 BODIES: dict[str, dict[str, object]] = {
     "POST /v1/tenants": {"id": "initech"},
+    "POST /v1/backups": {"taken_at": "2029-12-31T00:00:00Z"},
     f"POST {TENANT}/api-keys": {"name": "n", "role": "client"},
     f"POST {TENANT}/models": MODEL_BODY,
     f"PATCH {MODEL}/rotation-policy": {},
+    f"PATCH {TENANT}/quota": {},
+    f"POST {TENANT}/webhooks": {"url": "http://refused.test"},
     f"POST {KEY}:release": {"purpose": "client"},
     f"POST {KEY}:progress": {"phase": "p", "done": 0.5},
     f"POST {KEY}:stage": ARTIFACT,
@@ -100,7 +114,8 @@ def routes_of(world: World) -> set[str]:
 def path_for(route: str, tenant: str, operation: str, key: str) -> str:
     path = route.partition(" ")[2]
     values = {"tenant": tenant, "model": "chat", "version": "1", "operation": operation, "key": key}
-    return re.sub(r"{(\w+)(:int)?}", lambda match: values[match[1]], path)
+    values["webhook"] = "whk_none"
+    return re.sub(r"{(\w+)(:int|:id)?}", lambda match: values[match[1]], path)
 
 
 async def status(world: World, route: str, path: str, token: str | None, body: object = None) -> int:
@@ -124,7 +139,7 @@ def two_tenants(world: World) -> World:
 
 
 def operation_of(world: World, tenant: str) -> str:
-    with world.service.database.read() as session:
+    with world.service.database.read(PLATFORM) as session:
         return session.exec(select(Operation.id).where(Operation.tenant == tenant)).one()
 
 
@@ -193,7 +208,7 @@ async def test_what_is_no_credential_of_ours_gets_401_on_every_route(two_tenants
     world = two_tenants
     header = {
         "none": None,
-        "inference token": f"Bearer {tokens.issue(world.service, 'acme', 'chat', 'key:x').token}",
+        "inference token": f"Bearer {world.inference_token('acme', 'chat')}",
         "unknown key": "Bearer amk_" + "A" * 43,
         "unknown grant": "Bearer amg_" + "A" * 43,
         "basic": "Basic YW1rXzE6Mg==",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -22,6 +24,7 @@ SAMPLES: dict[str, Any] = {
     "version": 3,
     "key_id": "key_1",
     "operation": "op_1",
+    "webhook": "whk_1",
     "purpose": "client",
     "key": admin.ApiKeyCreate(name="n", role=admin.Role.CLIENT),
     "patch": admin.RotationPolicyPatch(period_s=None, grace_s=900),
@@ -31,11 +34,13 @@ SAMPLES: dict[str, Any] = {
     ),
     "failure": admin.Failure(reason="r"),
     "activation": admin.Activation(endpoint="http://e"),
+    "body": admin.BackupCreate(taken_at=datetime(2030, 1, 1, tzinfo=UTC)),
     "report": admin.UsageReport(source="s", tokens=1),
 }
 CREATED: dict[str, dict[str, Any]] = {
     "create_tenant": {"tenant": admin.TenantCreate(id="acme")},
     "create_model": {"model": admin.ModelCreate(id="chat", base="b", vocab_size=9, context_length=9)},
+    "create_webhook": {"webhook": admin.WebhookCreate(url="https://receiver.test")},
 }
 
 
@@ -80,8 +85,14 @@ async def test_the_async_twin_sends_what_the_sync_client_sends(name: str) -> Non
         with pytest.raises(errors.NotFound):
             await twin(akeys, **arguments)
     one, other = seen
-    assert (one.method, one.url, one.content) == (other.method, other.url, other.content)
+    assert (one.method, one.url, _body(one)) == (other.method, other.url, _body(other))
     assert set(one.headers) == set(other.headers)
+
+
+def _body(request: httpx.Request) -> Any:
+    """Without the recipient of a release, which is a fresh key each time."""
+    body = json.loads(request.content or b"null")
+    return {**body, "recipient": None} if body and "recipient" in body else body
 
 
 def test_a_read_is_repeated_after_what_may_pass() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ from sqlmodel import select
 from typer.testing import CliRunner
 
 from anamorph.errors import SetupError
+from anamorph.wire.checkpoints import read_public_keys
+from anamorph_keysvc.checkpoints import FILE_NAME, LocalSigner
 from anamorph_keysvc.credentials import hashed
-from anamorph_keysvc.home import Home, init, open_service
+from anamorph_keysvc.homes import Home, init, open_service
 from anamorph_keysvc.main import cli
+from anamorph_keysvc.scope import PLATFORM
 from anamorph_keysvc.service.work import Service, utc_now
 from anamorph_keysvc.tables import ApiKey
 
@@ -28,7 +33,7 @@ def contents(home: Home) -> dict[str, bytes]:
 
 def valid_platform_keys(home: Home) -> list[str]:
     service = opened(home)
-    with service.database.read() as session:
+    with service.database.read(PLATFORM) as session:
         rows = session.exec(select(ApiKey)).all()
     service.database.close()
     return [row.hash for row in rows if row.revoked_at is None]
@@ -112,8 +117,18 @@ def test_a_home_that_was_never_set_up_is_refused_with_the_command_to_run(tmp_pat
 def test_a_database_of_another_release_is_refused(home: Home) -> None:
     """Neither older nor newer schemas are served."""
     service = opened(home)
-    with service.database.write() as session:
+    with service.database.write(PLATFORM) as session:
         session.connection().exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
     service.database.close()
     with pytest.raises(SetupError, match="0001"):
         opened(home)
+
+
+def test_the_public_keys_of_checkpoints_are_printed_for_those_who_verify(home: Home) -> None:
+    """What signs stays in its file; what verifies is printed, and nothing before there is a signer."""
+    command = [sys.executable, "-m", "anamorph_keysvc.main", "checkpoint-keys", "--home", str(home.path)]
+    before = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (before.returncode, before.stdout) == (1, "")
+    signer = LocalSigner.open(home.path / FILE_NAME, os.urandom)
+    after = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert read_public_keys(after.stdout) == signer.public_keys()

@@ -18,6 +18,7 @@ from anamorph.wire.audit import first_break
 from anamorph.wire.keyservice import aeverything
 from anamorph_keysvc.database import Database
 from anamorph_keysvc.idempotency import forget_old
+from anamorph_keysvc.scope import PLATFORM
 from anamorph_keysvc.tables import Answer
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ async def test_an_unexpected_failure_tells_nothing_of_the_inside(
     """A 500 is a problem without detail, and neither it nor the log quotes what failed."""
     world.model()
     token = world.secret(Role.ADMIN)
-    with world.service.database.write() as session:
-        session.connection().exec_driver_sql("UPDATE model SET policy = 'BROKEN-JSON'")
+    world.sql("""UPDATE model SET policy = '"BROKEN"'""")
     async with world.http(token) as http:
         response = await http.get(MODEL)
     assert problem_of(response)["status"] == 500
@@ -174,7 +174,7 @@ async def test_a_request_still_running_under_the_key_is_a_conflict_to_come_back_
     """409 with Retry-After while the first is at work, and its answer afterwards."""
     world.model()
     world.secret(Role.ROTATOR)
-    with world.service.work("test"):  # the write lock is taken: the first request has to wait
+    with world.service.work("test", PLATFORM):  # the write lock is taken: the first request has to wait
         first = asyncio.create_task(rotate(world, {"Idempotency-Key": "k"}))
         await until(lambda: bool(world.app.state.in_flight._keys))
         second = await rotate(world, {"Idempotency-Key": "k"})
@@ -199,7 +199,7 @@ async def test_answers_with_secrets_are_never_stored(world: World) -> None:
         async with world.http(token) as http:
             response = await http.post(path, json=body, headers={"Idempotency-Key": "k"})
         assert problem_of(response)["code"] == "idempotency_not_supported", path
-    with world.service.database.read() as session:
+    with world.service.database.read(PLATFORM) as session:
         assert session.exec(select(Answer)).all() == []
 
 
@@ -326,6 +326,7 @@ def test_sixty_four_threads_at_once_make_one_version(world: World) -> None:
     assert (won, len(lost)) == ([1], 63)
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_busy_database_is_a_503_to_come_back_from(world: World) -> None:
     """A writer that cannot have the lock in time gives up without a trace and says when to return."""
     world.model()
@@ -333,7 +334,7 @@ async def test_a_busy_database_is_a_503_to_come_back_from(world: World) -> None:
     impatient = Database.sqlite(world.home.database, busy_timeout_s=0.01)
     world.app.state.service = replace(world.service, database=impatient)
     async with world.http(token) as http:
-        with world.service.work("test"):
+        with world.service.work("test", PLATFORM):
             response = await http.post(MODEL + "/keys:rotate")
         assert problem_of(response)["code"] == "busy"
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
@@ -362,8 +363,8 @@ async def test_releases_and_denials_are_counted(world: World) -> None:
         with pytest.raises(errors.NotFound):
             await client.release("acme", "chat", 99, "client")
         metrics = (await http.get("/metrics")).text
-    assert "anamorph_keysvc_releases_total 1.0" in metrics
-    assert "anamorph_keysvc_denials_total 1.0" in metrics
+    assert 'anamorph_keysvc_releases_total{anamorph_purpose="client",anamorph_source="cached"} 1.0' in metrics
+    assert 'anamorph_keysvc_denials_total{error_type="not_found"} 1.0' in metrics
 
 
 async def test_the_openapi_document_covers_every_route(world: World) -> None:
@@ -373,4 +374,18 @@ async def test_the_openapi_document_covers_every_route(world: World) -> None:
     operations = [item for path in document["paths"].values() for item in path.values()]
     names = [item["operationId"] for item in operations]
     assert len(names) == len(set(names)) > 30
-    assert all("application/problem+json" in item["responses"]["default"]["content"] for item in operations)
+    errors = [answer for item in operations for status, answer in item["responses"].items() if status > "4"]
+    named = {answer["$ref"].removeprefix("#/components/responses/") for answer in errors}
+    assert all(
+        "application/problem+json" in document["components"]["responses"][name]["content"] for name in named
+    )
+
+
+async def test_an_if_match_that_would_not_be_compared_is_refused(world: World) -> None:
+    """Whoever sends one relies on it; nothing is done then."""
+    world.model()
+    async with world.http(world.secret(Role.ADMIN)) as http:
+        answer = await http.post("/v1/tenants/acme/models/chat/keys:rotate", headers={"If-Match": '"3"'})
+        assert (answer.status_code, answer.json()["code"]) == (400, "if_match_not_supported")
+        versions = await http.get("/v1/tenants/acme/models/chat/keys")
+    assert versions.json()["items"] == []

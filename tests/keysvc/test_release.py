@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -37,7 +36,7 @@ async def test_a_job_gets_the_root_once_and_reports_under_its_grant(pending: Wor
     """Release, progress, stage; the released root is the one that the record's key id names."""
     async with pending.bearing(pending.grant(1)) as job:
         released = await job.release(*AT, 1, "materialize")
-        key = TenantKey.from_root(base64.b64decode(released.secret), *AT, 1)
+        key = TenantKey.from_root(released.material(), *AT, 1)
         assert (key.id, key.vocab_kcv) == (released.key_id, released.vocab_kcv)
         assert (await job.progress(*AT, 1, Progress(phase="fold", done=0.5))).progress == 0.5
         staged = await job.stage(*AT, 1, pending.artifact)
@@ -126,7 +125,7 @@ async def test_a_client_gets_the_vocab_subkey_and_no_more(world: World) -> None:
     version = world.active()
     async with world.client(Role.CLIENT) as client:
         released = await client.release(*AT, version, "client")
-    secret = base64.b64decode(released.secret)
+    secret = released.material()
     assert VocabKey(secret, released.key_id, released.vocab_kcv).id == released.key_id
     assert TenantKey.from_root(secret, *AT, version).id != released.key_id
     assert released.expires_at == world.clock.now + timedelta(seconds=world.policy.client_cache_ttl_s)

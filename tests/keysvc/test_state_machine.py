@@ -21,8 +21,9 @@ from anamorph.wire.admin import Activation, Failure, RotationPolicyPatch, UsageR
 from anamorph.wire.audit import first_break
 from anamorph.wire.states import State
 from anamorph_keysvc import audit
-from anamorph_keysvc.home import Home
-from anamorph_keysvc.service import lifecycle, materialization, release, rotation, tenants, usage
+from anamorph_keysvc.homes import Home
+from anamorph_keysvc.scope import PLATFORM
+from anamorph_keysvc.service import lifecycle, materialization, preparation, rotation, tenants, usage
 from anamorph_keysvc.tables import Audit, KeyVersion, Operation
 
 if TYPE_CHECKING:
@@ -115,13 +116,16 @@ class KeyLife(RuleBasedStateMachine):
         return among[-1 - choice % len(among)] if among else None
 
     def expect(self, allowed: bool, act: Callable[..., Any], *args: Any) -> Any:
-        """Call, and insist on a refusal exactly when the model refuses."""
+        """Do a piece of work, and insist on a refusal exactly when the model refuses."""
+        return self.expect_call(allowed, lambda: self.world.do(act, *args), act.__name__)
+
+    def expect_call(self, allowed: bool, call: Callable[[], Any], name: str) -> Any:
         try:
-            answer = self.world.do(act, *args)
+            answer = call()
         except (errors.Conflict, errors.Gone, errors.Forbidden):
-            assert not allowed, f"{act.__name__} was refused"
+            assert not allowed, f"{name} was refused"
             return None
-        assert allowed, f"{act.__name__} was admitted"
+        assert allowed, f"{name} was admitted"
         return answer
 
     @property
@@ -141,6 +145,7 @@ class KeyLife(RuleBasedStateMachine):
         free = not self.having(S.PENDING, S.MATERIALIZING, S.STAGED)
         answer = self.expect(free, rotation.rotate, *AT)
         if answer is not None:
+            preparation.prepare(self.world.service, answer.id)
             assert answer.version == len(self.known) + 1
             self.known[answer.version] = Known()
 
@@ -164,7 +169,11 @@ class KeyLife(RuleBasedStateMachine):
         known, holder = self.known[version], self.world.holder(self.known[version].grant or "")
         running = known.state is S.MATERIALIZING
         if step == "release":
-            answer = self.expect(running and not known.grant_used, release.to_job, holder, *AT, version)
+            answer = self.expect_call(
+                running and not known.grant_used,
+                lambda: self.world.release_to_job(holder, *AT, version),
+                "release to a job",
+            )
             known.grant_used |= answer is not None
         elif step == "stage":
             again = known.state not in {S.PENDING, S.MATERIALIZING} and self.staged_once(version)
@@ -176,7 +185,7 @@ class KeyLife(RuleBasedStateMachine):
             self.fails(version, holder, running or known.state is S.FAILED)
 
     def staged_once(self, version: int) -> bool:
-        with self.world.service.database.read() as session:
+        with self.world.service.database.read(PLATFORM) as session:
             row = session.get(KeyVersion, (*AT, version))
             return row is not None and row.artifact is not None
 
@@ -212,7 +221,7 @@ class KeyLife(RuleBasedStateMachine):
         version = self.pick(choice, S.PENDING, S.MATERIALIZING, S.STAGED)
         if version is None:
             return
-        with self.world.service.database.read() as session:
+        with self.world.service.database.read(PLATFORM) as session:
             operation = session.exec(select(Operation).where(Operation.version == version)).one()
         allowed = self.known[version].state in {S.PENDING, S.MATERIALIZING, S.STAGED}
         again = operation.status.value == "cancelled"
@@ -303,7 +312,9 @@ class KeyLife(RuleBasedStateMachine):
         version = self.pick(choice, S.STAGED, S.ACTIVE, S.DRAINING)
         if version is not None:
             allowed = self.known[version].state in {S.STAGED, S.ACTIVE, S.DRAINING}
-            self.expect(allowed, release.to_client, *AT, version)
+            self.expect_call(
+                allowed, lambda: self.world.release_to_client(*AT, version), "release to a client"
+            )
 
     def report(self, choice: int) -> None:
         version, source, tokens = self.pick(choice), "ab"[choice % 2], choice * len(self.known)
@@ -326,7 +337,7 @@ class KeyLife(RuleBasedStateMachine):
 
     @invariant()
     def the_service_agrees_with_the_model(self) -> None:
-        with self.world.service.database.read() as session:
+        with self.world.service.database.read(PLATFORM) as session:
             rows = session.exec(select(KeyVersion)).all()
         assert {row.version: row.state for row in rows} == {
             version: known.state for version, known in self.known.items()
@@ -343,14 +354,14 @@ class KeyLife(RuleBasedStateMachine):
 
     @invariant()
     def each_transition_has_one_row(self) -> None:
-        with self.world.service.database.read() as session:
+        with self.world.service.database.read(PLATFORM) as session:
             rows = session.exec(select(Audit.subject, Audit.detail)).all()
         written = Counter(subject for subject, detail in rows if "state" in detail)
         expected = {f"chat/keys/{version}": known.transitions for version, known in self.known.items()}
         assert written == expected
 
     def the_chain_is_unbroken(self) -> None:
-        with self.world.service.database.read() as session:
+        with self.world.service.database.read(PLATFORM) as session:
             rows = [audit.read(row) for row in session.exec(select(Audit).order_by(col(Audit.sequence)))]
         assert first_break(rows, tenant="acme") is None
 

@@ -9,6 +9,7 @@ from sqlmodel import col, select
 
 from anamorph.wire.admin import Failure, UsageReport
 from anamorph_keysvc.app import build_app
+from anamorph_keysvc.scope import PLATFORM
 from anamorph_keysvc.service import materialization, usage
 from anamorph_keysvc.service.work import Service
 from anamorph_keysvc.tables import Audit
@@ -24,7 +25,7 @@ def report(world: World, source: str, tokens: int) -> int:
 
 
 def newest(world: World) -> Audit:
-    with world.service.database.read() as session:
+    with world.service.database.read(PLATFORM) as session:
         return session.exec(select(Audit).order_by(col(Audit.sequence).desc()).limit(1)).one()
 
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from anamorph import errors
 from anamorph.wire.admin import Role
-from anamorph_keysvc.home import Home
-from anamorph_keysvc.service import release, tokens
+from anamorph_keysvc.homes import Home
 from anamorph_keysvc.wrapper import Context, LocalWrapper, root_context
 
 if TYPE_CHECKING:
     from tests.keysvc.conftest import World
 
 WRAPPER = LocalWrapper(bytes(32))
+KEK = "t-0"
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 contexts = st.builds(Context, texts, texts, st.integers(0, 999), texts)
 
@@ -28,19 +28,19 @@ contexts = st.builds(Context, texts, texts, st.integers(0, 999), texts)
 @given(secret=st.binary(max_size=64), context=contexts)
 def test_what_is_wrapped_unwraps_under_its_context(secret: bytes, context: Context) -> None:
     """Any secret, any context, and never the same ciphertext twice."""
-    wrapped = WRAPPER.wrap(secret, context)
-    assert WRAPPER.unwrap(wrapped, context) == secret
-    assert WRAPPER.wrap(secret, context) != wrapped
+    wrapped = WRAPPER.wrap(KEK, secret, context)
+    assert WRAPPER.unwrap(KEK, wrapped, context) == secret
+    assert WRAPPER.wrap(KEK, secret, context) != wrapped
 
 
 @given(one=contexts, other=contexts)
 def test_no_ciphertext_opens_under_another_context(one: Context, other: Context) -> None:
     """Contexts that differ anywhere are told apart, wherever the parts are cut."""
-    wrapped = WRAPPER.wrap(b"root", one)
+    wrapped = WRAPPER.wrap(KEK, b"root", one)
     if one != other:
         assert one.encode() != other.encode()
         with pytest.raises(errors.InvalidKey):
-            WRAPPER.unwrap(wrapped, other)
+            WRAPPER.unwrap(KEK, wrapped, other)
 
 
 def test_parts_of_a_context_cannot_be_shifted_into_each_other() -> None:
@@ -51,17 +51,17 @@ def test_parts_of_a_context_cannot_be_shifted_into_each_other() -> None:
 @given(position=st.integers(0, 61), flip=st.integers(1, 255))
 def test_an_altered_ciphertext_does_not_open(position: int, flip: int) -> None:
     """One byte anywhere, format mark and nonce included."""
-    wrapped = bytearray(WRAPPER.wrap(bytes(32), root_context("acme", "chat", 1)))
+    wrapped = bytearray(WRAPPER.wrap(KEK, bytes(32), root_context("acme", "chat", 1)))
     wrapped[position] ^= flip
     with pytest.raises(errors.InvalidKey):
-        WRAPPER.unwrap(bytes(wrapped), root_context("acme", "chat", 1))
+        WRAPPER.unwrap(KEK, bytes(wrapped), root_context("acme", "chat", 1))
 
 
-@pytest.mark.parametrize("ciphertext", [b"", b"L1", b"L1short", b"L2" + bytes(60)])
+@pytest.mark.parametrize("ciphertext", [b"", b"L1", b"L1short", b"L3" + bytes(60)])
 def test_what_is_no_ciphertext_is_refused_like_a_forged_one(ciphertext: bytes) -> None:
     """One error for every forgery."""
     with pytest.raises(errors.InvalidKey):
-        WRAPPER.unwrap(ciphertext, root_context("acme", "chat", 1))
+        WRAPPER.unwrap(KEK, ciphertext, root_context("acme", "chat", 1))
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,9 @@ async def test_a_ciphertext_moved_to_another_row_releases_nothing(
         " (SELECT ciphertext FROM key_version"
         " WHERE (tenant, model, version) = (?, ?, ?)) WHERE (tenant, model, version) = (?, ?, ?)"
     )
-    with world.service.database.write() as session:
-        session.connection().exec_driver_sql(move, (*source, *target))
+    world.sql(move, *source, *target)
     with pytest.raises(errors.InvalidKey):
-        world.do(release.to_client, *target)
+        world.release_to_client(*target)
     async with world.client(Role.CLIENT, target[0]) as client:
         with pytest.raises(errors.ServiceError) as refused:
             await client.release(*target, "client")
@@ -99,15 +98,13 @@ def test_a_root_that_is_not_the_records_own_is_not_released(world: World) -> Non
     """Even a properly wrapped root is checked against the record's key id."""
     world.model()
     version = world.active()
-    foreign = world.service.wrapper.wrap(bytes(32), root_context("acme", "chat", version))
-    with world.service.database.write() as session:
-        session.connection().exec_driver_sql(
-            "UPDATE key_version SET row_version = row_version + 1, ciphertext = ?", (foreign,)
-        )
+    foreign = world.service.wrapper.wrap(world.kek(), bytes(32), root_context("acme", "chat", version))
+    world.sql("UPDATE key_version SET row_version = row_version + 1, ciphertext = ?", foreign)
     with pytest.raises(errors.KeyMismatch):
-        world.do(release.to_client, "acme", "chat", version)
+        world.release_to_client("acme", "chat", version)
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_no_secret_is_anywhere_but_in_its_answer(
     home: Home,
     open_homes: Callable[..., World],
@@ -127,13 +124,13 @@ async def test_no_secret_is_anywhere_but_in_its_answer(
     secrets = {"root canary": b"\xc5" * 24}
     async with world.client(Role.CLIENT) as client:
         released = await client.release("acme", "chat", version, "client")
-    secrets["subkey"] = base64.b64decode(released.secret)
+    secrets["subkey"] = released.material()
     with pytest.raises(errors.Conflict):
         world.grant(version)
     for role in (Role.CLIENT, Role.PLATFORM):
         secrets[role.value] = world.secret(role).encode()
     secrets["grant"] = world.grant(world.rotate()).encode()
-    secrets["token"] = tokens.issue(world.service, "acme", "chat", "s").token.encode()
+    secrets["token"] = world.inference_token("acme", "chat").encode()
     out, err = capfd.readouterr()
     places = {
         path.name: path.read_bytes() for path in world.home.path.iterdir() if path.name.startswith("keysvc")

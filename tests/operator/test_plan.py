@@ -162,7 +162,7 @@ def test_staged_is_deployed_then_verified_then_activated(
     up = standing(want, now)
     endpoint = "http://127.0.0.1:8000/acme/smol/v1"
     assert staged.artifact is not None
-    assert plan(want, up, now) == [Verify(ref(1), endpoint, staged.key_id, staged.artifact.probe)]
+    assert plan(want, up, now) == [Verify(ref(1), endpoint, staged.require_key_id(), staged.artifact.probe)]
     verified = replace(up, checks={ref(1): Check(Outcome.EQUAL, 1, now)})
     assert plan(want, verified, now) == [Activate(ref(1), endpoint)]
 
@@ -329,3 +329,13 @@ def test_a_failed_application_in_use_is_deployed_anew(desired: Want, version: Bu
     assert plan(want, failed, now) == []
     [out] = others_are_empty(plan(want, failed, now + REDEPLOY_AFTER))
     assert [app.name for app in out.applications] == ["door"]
+
+
+def test_a_version_without_its_key_waits_for_the_key_service(
+    desired: Want, version: Build, now: datetime, empty: Observed
+) -> None:
+    """While the key-management service is away, a rotation stands in PENDING: no job is started for it."""
+    waiting = version(1, State.PENDING)
+    nameless = waiting.model_copy(update={"key_id": None, "kcv": None, "vocab_kcv": None, "public_key": None})
+    assert any(isinstance(action, StartJob) for action in plan(desired(waiting), empty, now))
+    assert not any(isinstance(action, StartJob) for action in plan(desired(nameless), empty, now))

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 import uuid
-from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,7 +94,7 @@ class System:
         """The codec of a version that may still be released."""
         with self.keys(Role.CLIENT) as keys:
             release = keys.release(TENANT, MODEL, version, "client")
-        secret = b64decode(release.secret)
+        secret = release.material()
         return TokenCodec(VocabKey(secret, release.key_id, release.vocab_kcv), VOCAB)
 
     def await_until(self, what: Callable[[], bool]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def main() -> None:
     order = json.load(sys.stdin)
     place = (order["tenant"], order["model"], order["version"])
     with KeyService(order["keysvc"], order["grant"]) as keys:
-        key = TenantKey.from_root(b64decode(keys.release(*place, "materialize").secret), *place)
+        key = TenantKey.from_root(keys.release(*place, "materialize").material(), *place)
         keys.progress(*place, Progress(phase="fold", done=0.5))
         base = Path(order["base"])
         keys.stage(*place, publish(order, key, json.loads((base / "config.json").read_text())))

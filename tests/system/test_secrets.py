@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from base64 import b64decode, b64encode, urlsafe_b64encode
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from anamorph.telemetry import build
 from anamorph.wire.admin import Role
 from anamorph.wire.keyservice import KeyService
 from anamorph.wire.states import State
-from anamorph_keysvc import home as keysvc_home
+from anamorph_keysvc import homes as keysvc_home
 from anamorph_keysvc.app import build_app
-from anamorph_keysvc.home import Home as KeysvcHome
+from anamorph_keysvc.homes import Home as KeysvcHome
 from anamorph_keysvc.service.work import utc_now
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -35,7 +35,7 @@ def canary_root(system: Any) -> bytes:
     with system.keys(Role.PLATFORM) as platform:
         grant = platform.materialize("acme", MODEL, number)
     with KeyService(system.url, grant.secret) as job:
-        root = b64decode(job.release("acme", MODEL, number, "materialize").secret)
+        root = job.release("acme", MODEL, number, "materialize").material()
     system.restart("operator", command)
     system.await_state(number, State.ACTIVE)
     with Client(system.url, system.api_key(), "acme", MODEL) as client:

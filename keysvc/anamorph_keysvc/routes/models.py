@@ -11,16 +11,16 @@ from anamorph.wire.admin import (
     InferenceTokenRead,
     ModelCreate,
     ModelRead,
-    OperationRead,
     Page,
     Role,
     RotationPolicy,
     RotationPolicyPatch,
+    RotationRead,
 )
 from anamorph.wire.ids import LABEL
 from anamorph_keysvc.deps import Admin, Anyone, Do, ModelId, Rotators, TenantId, TheService, TokenHolders
 from anamorph_keysvc.pages import DEFAULT_SIZE, PageSize, PageToken, page_of
-from anamorph_keysvc.service import lookup, rotation, tenants, tokens
+from anamorph_keysvc.service import lookup, preparation, rotation, tenants, tokens
 from anamorph_keysvc.tables import Model
 
 router = APIRouter(prefix="/v1/tenants/{tenant}", tags=["models"])
@@ -36,26 +36,30 @@ def create_model(_: Admin, tenant: TenantId, body: ModelCreate, do: Do) -> Model
 
 @router.get("/models")
 def list_models(
-    _: Anyone, tenant: TenantId, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
+    caller: Anyone,
+    tenant: TenantId,
+    service: TheService,
+    page: PageToken = None,
+    limit: PageSize = DEFAULT_SIZE,
 ) -> Page[ModelRead]:
     """A tenant's models."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         lookup.tenant(session, tenant)
         mine = select(Model).where(Model.tenant == tenant)
         return page_of(session, mine, (col(Model.id),), lookup.model_read, page, limit)
 
 
 @router.get("/models/{model}")
-def get_model(_: Anyone, tenant: TenantId, model: ModelId, service: TheService) -> ModelRead:
+def get_model(caller: Anyone, tenant: TenantId, model: ModelId, service: TheService) -> ModelRead:
     """One model."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         return lookup.model_read(lookup.model(session, tenant, model))
 
 
 @router.get("/models/{model}/rotation-policy")
-def get_policy(_: Admin, tenant: TenantId, model: ModelId, service: TheService) -> RotationPolicy:
+def get_policy(caller: Admin, tenant: TenantId, model: ModelId, service: TheService) -> RotationPolicy:
     """A model's rotation policy."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         return lookup.policy_of(lookup.model(session, tenant, model))
 
 
@@ -68,9 +72,11 @@ def update_policy(
 
 
 @router.post("/models/{model}/keys:rotate", status_code=202)
-def rotate(_: Rotators, tenant: TenantId, model: ModelId, do: Do) -> OperationRead:
+def rotate(_: Rotators, tenant: TenantId, model: ModelId, do: Do, service: TheService) -> RotationRead:
     """Begin a rotation; 409 while one of this model is in flight."""
-    return do(OperationRead, lambda work: rotation.rotate(work, tenant, model))
+    operation = do(RotationRead, lambda work: rotation.rotate(work, tenant, model))
+    preparation.prepare_at_once(service, operation.id)
+    return operation
 
 
 @router.post("/models/{model}/inference-tokens")
@@ -84,4 +90,4 @@ def issue_inference_token(
     """A short-lived token for the inference endpoint; the tenant ``plaintext`` is the platform's."""
     do.refuse_key()
     platform = caller.role is Role.PLATFORM
-    return tokens.issue(service, tenant, model, OPERATOR if platform else caller.actor)
+    return tokens.issue(service, caller, tenant, model, OPERATOR if platform else caller.actor)

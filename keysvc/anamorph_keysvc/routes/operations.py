@@ -20,24 +20,29 @@ OperationId = Annotated[str, Path(max_length=64, pattern=r"^[a-z0-9_]+$")]
 
 @router.get("")
 def list_operations(
-    _: Anyone, tenant: TenantId, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
+    caller: Anyone,
+    tenant: TenantId,
+    service: TheService,
+    page: PageToken = None,
+    limit: PageSize = DEFAULT_SIZE,
 ) -> Page[OperationRead]:
-    """A tenant's operations, by model and version."""
-    with service.database.read() as session:
+    """A tenant's operations, oldest first."""
+    with service.database.read(caller.scope) as session:
         lookup.tenant(session, tenant)
         mine = select(Operation).where(Operation.tenant == tenant)
-        order = (col(Operation.model), col(Operation.version))
-        return page_of(session, mine, order, lookup.operation_read, page, limit)
+        return page_of(session, mine, (col(Operation.id),), lookup.operation_read, page, limit)
 
 
-@router.get("/{operation}")
-def get_operation(_: Anyone, tenant: TenantId, operation: OperationId, service: TheService) -> OperationRead:
+@router.get("/{operation:id}")
+def get_operation(
+    caller: Anyone, tenant: TenantId, operation: OperationId, service: TheService
+) -> OperationRead:
     """One operation."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         return lookup.operation_read(lookup.operation(session, tenant, operation))
 
 
-@router.post("/{operation}:cancel")
+@router.post("/{operation:id}:cancel")
 def cancel_operation(_: Rotators, tenant: TenantId, operation: OperationId, do: Do) -> OperationRead:
     """Cancel a rotation that is not active yet: its version becomes FAILED."""
     return do(OperationRead, lambda work: rotation.cancel(work, tenant, operation))

@@ -7,11 +7,12 @@ from fastapi.responses import JSONResponse
 from sqlmodel import col, select
 
 from anamorph import errors
-from anamorph.wire.admin import JwkSet, KeyVersionRead, ModelRead, Page
+from anamorph.wire.admin import BackupCreate, BackupRead, JwkSet, KeyVersionRead, ModelRead, Page
 from anamorph.wire.states import State
-from anamorph_keysvc.deps import Platform, TheService
+from anamorph_keysvc.deps import Do, Platform, TheService
 from anamorph_keysvc.pages import DEFAULT_SIZE, PageSize, PageToken, page_of
-from anamorph_keysvc.service import lookup, tokens
+from anamorph_keysvc.scope import WORKER
+from anamorph_keysvc.service import backups, lookup, tokens
 from anamorph_keysvc.tables import KeyVersion, Model
 
 router = APIRouter(tags=["platform"])
@@ -21,7 +22,7 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 @router.get("/v1/versions")
 def all_versions(
-    _: Platform,
+    caller: Platform,
     service: TheService,
     state: State | None = None,
     page: PageToken = None,
@@ -32,25 +33,38 @@ def all_versions(
     if state is not None:
         wanted = wanted.where(KeyVersion.state == state)
     order = (col(KeyVersion.tenant), col(KeyVersion.model), col(KeyVersion.version))
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         return page_of(session, wanted, order, lookup.version_read, page, limit)
 
 
 @router.get("/v1/models")
 def all_models(
-    _: Platform, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
+    caller: Platform, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
 ) -> Page[ModelRead]:
     """Models of all tenants."""
     order = (col(Model.tenant), col(Model.id))
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         return page_of(session, select(Model), order, lookup.model_read, page, limit)
 
 
 @router.get("/v1/inference-keys")
 def inference_keys(service: TheService) -> JwkSet:
     """Public keys that inference tokens are verified with."""
-    with service.database.read() as session:
+    with service.database.read(WORKER) as session:
         return tokens.public_keys(session)
+
+
+@router.post("/v1/inference-keys:rotate")
+def rotate_inference_keys(_: Platform, do: Do, service: TheService) -> JwkSet:
+    """Publish the next signing key of inference tokens. Takes no Idempotency-Key: 409 does as well."""
+    do.refuse_key()
+    return tokens.rotate_signing_key(service)
+
+
+@router.post("/v1/backups", status_code=201)
+def record_backup(_: Platform, body: BackupCreate, do: Do) -> BackupRead:
+    """Note that a backup of the database was taken, and can be restored; older ones may become useless."""
+    return do(BackupRead, lambda work: backups.record(work, body))
 
 
 @router.get("/livez")
@@ -63,7 +77,7 @@ async def livez() -> dict[str, str]:
 def readyz(service: TheService) -> dict[str, str]:
     """Database, signing key and wrapper work."""
     service.wrapper.check()
-    with service.database.read() as session:
+    with service.database.read(WORKER) as session:
         ready = bool(tokens.public_keys(session).keys)
     if not ready:
         raise errors.Unavailable("there is no signing key: run 'anamorph-keysvc init'", code="not_ready")

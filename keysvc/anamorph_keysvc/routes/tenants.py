@@ -33,17 +33,17 @@ def create_tenant(_: Platform, body: TenantCreate, do: Do) -> TenantRead:
 
 @router.get("")
 def list_tenants(
-    _: Platform, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
+    caller: Platform, service: TheService, page: PageToken = None, limit: PageSize = DEFAULT_SIZE
 ) -> Page[TenantRead]:
     """All tenants."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         return page_of(session, select(Tenant), (col(Tenant.id),), lookup.tenant_read, page, limit)
 
 
 @router.get("/{tenant}")
-def get_tenant(_: Platform, tenant: TenantId, service: TheService) -> TenantRead:
+def get_tenant(caller: Platform, tenant: TenantId, service: TheService) -> TenantRead:
     """One tenant."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         return lookup.tenant_read(lookup.tenant(session, tenant))
 
 
@@ -55,14 +55,14 @@ def create_api_key(_: PlatformOrAdmin, tenant: TenantId, body: ApiKeyCreate, do:
 
 @router.get("/{tenant}/api-keys")
 def list_api_keys(
-    _: PlatformOrAdmin,
+    caller: PlatformOrAdmin,
     tenant: TenantId,
     service: TheService,
     page: PageToken = None,
     limit: PageSize = DEFAULT_SIZE,
 ) -> Page[ApiKeyRead]:
     """A tenant's API keys, without the keys themselves."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         lookup.tenant(session, tenant)
         mine = select(ApiKey).where(ApiKey.tenant == tenant)
         return page_of(session, mine, (col(ApiKey.id),), lookup.api_key_read, page, limit)
@@ -78,13 +78,13 @@ def revoke_api_key(
 
 @router.get("/{tenant}/audit")
 def read_audit(
-    _: Auditors,
+    caller: Auditors,
     tenant: TenantId,
     service: TheService,
     page: PageToken = None,
     limit: PageSize = DEFAULT_SIZE,
 ) -> Page[AuditRead]:
     """A tenant's audit log, oldest first."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         mine = select(Audit).where(Audit.tenant == tenant)
         return page_of(session, mine, (col(Audit.sequence),), audit.read, page, limit)

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Response
 from sqlmodel import col, select
 
 from anamorph import errors
+from anamorph.wire import sealed
 from anamorph.wire.admin import (
     Activation,
     Failure,
@@ -32,8 +33,9 @@ from anamorph_keysvc.deps import (
     Platform,
     PlatformOrAdmin,
     PlatformOrGrant,
+    PlatformOrMaterializer,
     TenantId,
-    TheMetrics,
+    TheObserver,
     TheService,
     tag,
 )
@@ -46,7 +48,7 @@ router = APIRouter(prefix="/v1/tenants/{tenant}/models/{model}/keys", tags=["key
 
 @router.get("")
 def list_versions(
-    _: Anyone,
+    caller: Anyone,
     tenant: TenantId,
     model: ModelId,
     service: TheService,
@@ -54,16 +56,16 @@ def list_versions(
     limit: PageSize = DEFAULT_SIZE,
 ) -> Page[KeyVersionRead]:
     """A model's key versions, oldest first."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         lookup.model(session, tenant, model)
         mine = select(KeyVersion).where(KeyVersion.tenant == tenant, KeyVersion.model == model)
         return page_of(session, mine, (col(KeyVersion.version),), lookup.version_read, page, limit)
 
 
 @router.get("/{version:int}")
-def get_version(_: Anyone, at: At, service: TheService, response: Response) -> KeyVersionRead:
+def get_version(caller: Anyone, at: At, service: TheService, response: Response) -> KeyVersionRead:
     """One key version, with its ETag."""
-    with service.database.read() as session:
+    with service.database.read(caller.scope) as session:
         read = lookup.version_read(lookup.version(session, *at))
     tag(response, read)
     return read
@@ -118,28 +120,24 @@ def destroyed(_: Platform, at: At, do: Do, response: Response) -> KeyVersionRead
 
 
 @router.post("/{version:int}:materialize")
-def materialize(_: Platform, at: At, do: Do) -> GrantRead:
+def materialize(_: PlatformOrMaterializer, at: At, do: Do) -> GrantRead:
     """A grant to read the root once; an older one is void. Takes no Idempotency-Key."""
     return do.secret(lambda work: materialization.materialize(work, *at, do.expected))
 
 
-@router.post("/{version:int}:release")
+@router.post("/{version:int}:release", responses={410: {"description": "The version is no longer released."}})
 def release_key(
-    caller: ClientOrGrant, at: At, body: ReleaseRequest, do: Do, metrics: TheMetrics
+    caller: ClientOrGrant, at: At, body: ReleaseRequest, do: Do, service: TheService, observer: TheObserver
 ) -> ReleaseRead:
     """Key material, for the purpose that the credential admits. Takes no Idempotency-Key."""
-    try:
+    do.refuse_key()
+    with observer.release(body.purpose):
         if body.purpose == "materialize":
-            holder = _holder(caller)
-            answer = do.secret(lambda work: release.to_job(work, holder, *at))
+            answer = release.to_job(service, _holder(caller), at)
         else:
             _no_grant(caller)
-            answer = do.secret(lambda work: release.to_client(work, *at))
-    except errors.ServiceError:
-        metrics.denials.add(1)
-        raise
-    metrics.releases.add(1)
-    return answer
+            answer = release.to_client(service, caller, at)
+    return answer if body.recipient is None else sealed.seal_release(answer, body.recipient)
 
 
 @router.post("/{version:int}:progress")

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from anamorph import errors
 from anamorph.wire.admin import Activation, KeyVersionRead, OperationStatus
 from anamorph.wire.states import State
-from anamorph_keysvc.service import lookup, rotation
+from anamorph_keysvc.service import lookup, rotation, schedule, shredding
 from anamorph_keysvc.service.transition import move, require, subject, wrong_state
 from anamorph_keysvc.service.work import Work
 from anamorph_keysvc.tables import KeyVersion
@@ -44,6 +44,7 @@ def activate(
         detail={"endpoint": body.endpoint},
         endpoint=body.endpoint,
         activated_at=work.now,
+        **schedule.of(work.entropy, lookup.policy_of(owner), work.now),
     )
     rotation.end(work, row, OperationStatus.SUCCEEDED)
     return lookup.version_read(row)
@@ -105,7 +106,7 @@ def destroy(work: Work, tenant: str, model: str, version: int, expected: int | N
     to be the first time, even if the delay has been shortened since.
     """
     row = _load(work, tenant, model, version, expected)
-    policy = lookup.policy_of(lookup.model(work.session, tenant, model))
+    policy = lookup.policy_of(lookup.model(work.session, tenant, model, lock=False))
     at = _later(row.destroy_at, work.now + timedelta(seconds=policy.destroy_delay_s))
     detail: dict[str, str | int | None] = {"destroy_at": at.isoformat()}
     move(
@@ -148,7 +149,17 @@ def destroyed(work: Work, tenant: str, model: str, version: int, expected: int |
     if row.state is not State.DESTROY_SCHEDULED:
         raise wrong_state(row, "destroyed")
     _not_before(work, row.destroy_at, "waiting to be destroyed")
-    move(work, row, State.DESTROYED, "destroyed", ciphertext=None)
+    move(
+        work,
+        row,
+        State.DESTROYED,
+        "destroyed",
+        ciphertext=None,
+        kek_version=None,
+        destroyed_at=work.now,
+        destroy_complete_after=work.now + timedelta(seconds=work.limits.backup_retention_s),
+    )
+    shredding.begin(work, tenant)
     return lookup.version_read(row)
 
 

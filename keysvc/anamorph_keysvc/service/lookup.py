@@ -23,19 +23,30 @@ def tenant(session: Session, tenant: str) -> Tenant:
     return found(session.get(Tenant, tenant), "tenant")
 
 
-def model(session: Session, tenant: str, model: str) -> Model:
-    """A model, or NotFound; locked until the transaction ends where the database can."""
-    return found(session.get(Model, (tenant, model), with_for_update=True), "model")
+def model(session: Session, tenant: str, model: str, *, lock: bool = True) -> Model:
+    """A model, or NotFound; in a write transaction locked until it ends, where the database can.
+
+    Whoever changes a model's ACTIVE version holds the model first: without ``lock`` for
+    those who hold a version already and only read.
+    """
+    locks = _locks(session) if lock else None
+    return found(session.get(Model, (tenant, model), with_for_update=locks), "model")
 
 
 def version(session: Session, tenant: str, model: str, version: int) -> KeyVersion:
-    """A key version, or NotFound; locked until the transaction ends where the database can."""
-    return found(session.get(KeyVersion, (tenant, model, version), with_for_update=True), "key version")
+    """A key version, or NotFound; locked as a model is."""
+    return found(
+        session.get(KeyVersion, (tenant, model, version), with_for_update=_locks(session)), "key version"
+    )
 
 
-def operation(session: Session, tenant: str, id_: str) -> Operation:
-    """An operation of this tenant, or NotFound."""
-    row = session.get(Operation, id_)
+def _locks(session: Session) -> bool | None:
+    return True if session.info.get("locks") else None
+
+
+def operation(session: Session, tenant: str, id_: str, *, lock: bool = True) -> Operation:
+    """An operation of this tenant, or NotFound; locked as a model is."""
+    row = session.get(Operation, id_, with_for_update=_locks(session) if lock else None)
     return found(row if row is not None and row.tenant == tenant else None, "operation")
 
 
@@ -43,6 +54,7 @@ def operation_of(session: Session, version: KeyVersion) -> Operation:
     """The rotation that made a version."""
     return session.exec(
         select(Operation).where(
+            Operation.kind == "rotate",
             Operation.tenant == version.tenant,
             Operation.model == version.model,
             Operation.version == version.version,
@@ -51,19 +63,18 @@ def operation_of(session: Session, version: KeyVersion) -> Operation:
 
 
 def in_states(session: Session, model: Model, *states: State) -> KeyVersion | None:
-    """The one version of a model in any of ``states``, of which the database admits one."""
-    return session.exec(
-        select(KeyVersion).where(
-            KeyVersion.tenant == model.tenant,
-            KeyVersion.model == model.id,
-            col(KeyVersion.state).in_(states),
-        )
-    ).one_or_none()
+    """The one version of a model in any of ``states``, of which the database admits one; locked."""
+    wanted = select(KeyVersion).where(
+        KeyVersion.tenant == model.tenant,
+        KeyVersion.model == model.id,
+        col(KeyVersion.state).in_(states),
+    )
+    return session.exec(wanted.with_for_update() if _locks(session) else wanted).one_or_none()
 
 
 def tenant_read(row: Tenant) -> TenantRead:
     """Message of a tenant."""
-    return TenantRead.model_validate(row, from_attributes=True)
+    return TenantRead.model_validate(row.model_dump(include=set(TenantRead.model_fields)))
 
 
 def model_read(row: Model) -> ModelRead:
@@ -76,9 +87,12 @@ def policy_of(row: Model) -> RotationPolicy:
     return RotationPolicy.model_validate(row.policy)
 
 
+_HIDDEN = {"ciphertext", "kek_version", "previous_state", "artifact", "rotate_at", "token_limit"}
+
+
 def version_read(row: KeyVersion) -> KeyVersionRead:
     """Message of a key version. A deadline shows only while it is one."""
-    fields = row.model_dump(exclude={"ciphertext", "previous_state", "artifact"})
+    fields = row.model_dump(exclude=_HIDDEN)
     if row.state not in {State.DESTROY_SCHEDULED, State.DESTROYED}:
         fields["destroy_at"] = None
     artifact = None if row.artifact is None else Materialized.model_validate(row.artifact)
@@ -87,7 +101,7 @@ def version_read(row: KeyVersion) -> KeyVersionRead:
 
 def operation_read(row: Operation) -> OperationRead:
     """Message of an operation."""
-    return OperationRead(kind="rotate", **row.model_dump())
+    return OperationRead.model_validate(row.model_dump(include=set(OperationRead.model_fields)))
 
 
 def api_key_read(row: ApiKey) -> ApiKeyRead:

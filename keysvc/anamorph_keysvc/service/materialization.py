@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from sqlmodel import col, select
+from sqlmodel import Session, col, select
 
 from anamorph import errors
 from anamorph.wire.admin import (
@@ -33,6 +33,10 @@ def materialize(work: Work, tenant: str, model: str, version: int, expected: int
     """
     row = lookup.version(work.session, tenant, model, version)
     require(row, expected)
+    if row.state is State.PENDING and row.key_id is None:
+        raise errors.Conflict(
+            "the key of this version is still being prepared", code="key_pending", retry_after=1
+        )
     if row.state is State.PENDING:
         move(work, row, State.MATERIALIZING, "materialize")
         rotation.follow(work, row, "materializing", 0.0)
@@ -72,7 +76,7 @@ def _grant(work: Work, row: KeyVersion) -> GrantRead:
     return GrantRead(secret=secret, expires_at=expires_at)
 
 
-def current_grant(work: Work, holder: GrantHolder, tenant: str, model: str, version: int) -> Grant:
+def current_grant(session: Session, holder: GrantHolder, tenant: str, model: str, version: int) -> Grant:
     """The grant of a caller, if it still speaks for this version.
 
     Raises:
@@ -80,7 +84,7 @@ def current_grant(work: Work, holder: GrantHolder, tenant: str, model: str, vers
         Conflict: a newer grant has taken its place.
     """
     matches = (holder.tenant, holder.model, holder.version) == (tenant, model, version)
-    grant = found(work.session.get(Grant, holder.id) if matches else None, "key version")
+    grant = found(session.get(Grant, holder.id) if matches else None, "key version")
     if grant.voided_at is not None:
         raise errors.Conflict("a newer grant has taken this one's place: stop", code="grant_void")
     return grant
@@ -94,7 +98,7 @@ def progress(
     Raises:
         Conflict: the grant is void, or the version has left MATERIALIZING: the job should stop.
     """
-    current_grant(work, holder, tenant, model, version)
+    current_grant(work.session, holder, tenant, model, version)
     row = lookup.version(work.session, tenant, model, version)
     if row.state is not State.MATERIALIZING:
         raise wrong_state(row, "progress")
@@ -109,7 +113,7 @@ def stage(
     Raises:
         Conflict: the grant is void or has never released the root, or another replica is staged.
     """
-    grant = current_grant(work, holder, tenant, model, version)
+    grant = current_grant(work.session, holder, tenant, model, version)
     row = lookup.version(work.session, tenant, model, version)
     artifact = body.model_dump(mode="json")
     if row.artifact == artifact:
@@ -139,7 +143,7 @@ def fail(
         Conflict: the grant is void, or the version is in service or beyond.
     """
     if holder is not None:
-        current_grant(work, holder, tenant, model, version)
+        current_grant(work.session, holder, tenant, model, version)
     row = lookup.version(work.session, tenant, model, version)
     if row.state is State.FAILED:
         return lookup.version_read(row)

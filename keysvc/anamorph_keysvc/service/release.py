@@ -5,81 +5,142 @@ from __future__ import annotations
 import base64
 import hmac
 from datetime import datetime, timedelta
+from typing import Literal
+
+from sqlmodel import Session
 
 from anamorph import errors
 from anamorph.keys import TenantKey
 from anamorph.wire.admin import ReleaseRead
 from anamorph.wire.states import CLIENT_RELEASE, State
-from anamorph_keysvc.credentials import GrantHolder
+from anamorph_keysvc.credentials import Caller, GrantHolder
+from anamorph_keysvc.scope import scope_of
 from anamorph_keysvc.service import lookup
 from anamorph_keysvc.service.materialization import current_grant
 from anamorph_keysvc.service.transition import subject, wrong_state
-from anamorph_keysvc.service.work import Work
-from anamorph_keysvc.tables import Grant, KeyVersion
+from anamorph_keysvc.service.work import Service
+from anamorph_keysvc.tables import Grant, KeyVersion, Model
 from anamorph_keysvc.wrapper import root_context
 
 
-def to_client(work: Work, tenant: str, model: str, version: int) -> ReleaseRead:
+def to_client(service: Service, caller: Caller, at: tuple[str, str, int]) -> ReleaseRead:
     """The ``vocab`` subkey, in STAGED, ACTIVE and DRAINING.
 
     Raises:
         Conflict: not yet staged, or failed.
         Forbidden: suspended.
         Gone: retired, revoked or destroyed.
+        Unavailable: the root has to be opened and the key-management service does not answer.
     """
-    row = lookup.version(work.session, tenant, model, version)
-    if row.state not in CLIENT_RELEASE:
-        raise _refusal(row)
-    policy = lookup.policy_of(lookup.model(work.session, tenant, model))
-    expires_at = work.now + timedelta(seconds=policy.client_cache_ttl_s)
-    _, key = _open(work, row)
-    work.record(tenant, "release", subject(row), purpose="client")
-    return _answer(work, row, "client", key.subkey("vocab"), expires_at)
+    answer = _if_open(service, caller, at)
+    if answer is None:
+        with service.database.read(caller.scope) as session:
+            row = lookup.version(session, *at)
+            _check_client(row)
+            kek = lookup.tenant(session, row.tenant).kek
+        # The state is looked at again afterwards: what was revoked meanwhile stays here.
+        answer = _if_open(service, caller, at, opened(service, row, kek)[1])
+    if answer is None:
+        raise errors.Unavailable("the key changed meanwhile; try again", code="busy", retry_after=1)
+    return answer
 
 
-def to_job(work: Work, holder: GrantHolder, tenant: str, model: str, version: int) -> ReleaseRead:
+def _if_open(
+    service: Service, caller: Caller, at: tuple[str, str, int], key: TenantKey | None = None
+) -> ReleaseRead | None:
+    """The release by ``key`` or a root that is kept, in one transaction; ``None`` if there is neither."""
+    with service.work(caller.actor, caller.scope) as work:
+        row = lookup.version(work.session, *at)
+        _check_client(row)
+        key = key or _kept(service, row)
+        if key is None or key.id != row.key_id:
+            return None
+        model = lookup.model(work.session, row.tenant, row.model, lock=False)
+        expires_at = work.now + timedelta(seconds=lookup.policy_of(model).client_cache_ttl_s)
+        work.record(row.tenant, "release", subject(row), purpose="client")
+        return _answer(row, model, "client", key.subkey("vocab"), expires_at)
+
+
+def _kept(service: Service, row: KeyVersion) -> TenantKey | None:
+    if row.ciphertext is None or row.key_id is None:
+        return None
+    root = service.roots.get(row.key_id, row.ciphertext)
+    return None if root is None else TenantKey.from_root(root, row.tenant, row.model, row.version)
+
+
+def to_job(service: Service, holder: GrantHolder, at: tuple[str, str, int]) -> ReleaseRead:
     """The root, once, to the current grant of a version in MATERIALIZING.
 
     Raises:
         Conflict: any other state, or the grant is void, used or expired.
+        Unavailable: the key-management service does not answer; the grant is as good as before.
     """
-    grant = current_grant(work, holder, tenant, model, version)
-    row = lookup.version(work.session, tenant, model, version)
+    scope = scope_of(holder.tenant)
+    with service.database.read(scope) as session:
+        row = _for_job(session, holder, at, service.clock())[0]
+        kek = lookup.tenant(session, row.tenant).kek
+    root, _ = opened(service, row, kek)
+    with service.work(f"grant:{holder.id}", scope) as work:
+        row, grant = _for_job(work.session, holder, at, work.now)
+        grant.used_at = work.now
+        work.session.add(grant)
+        model = lookup.model(work.session, row.tenant, row.model, lock=False)
+        work.record(row.tenant, "release", subject(row), purpose="materialize", grant=grant.id)
+        return _answer(row, model, "materialize", root, grant.expires_at)
+
+
+def _check_client(row: KeyVersion) -> None:
+    if row.state not in CLIENT_RELEASE:
+        raise _refusal(row)
+
+
+def _for_job(
+    session: Session, holder: GrantHolder, at: tuple[str, str, int], now: datetime
+) -> tuple[KeyVersion, Grant]:
+    grant = current_grant(session, holder, *at)
+    row = lookup.version(session, *at)
     if row.state is not State.MATERIALIZING:
         raise wrong_state(row, "release")
-    _use(work, grant)
-    root, _ = _open(work, row)
-    work.record(tenant, "release", subject(row), purpose="materialize", grant=grant.id)
-    return _answer(work, row, "materialize", root, grant.expires_at)
-
-
-def _use(work: Work, grant: Grant) -> None:
     if grant.used_at is not None:
         raise errors.Conflict("this grant has released its key already: ask for a new one", code="grant_used")
-    if grant.expires_at <= work.now:
+    if grant.expires_at <= now:
         raise errors.Conflict("this grant has expired: ask for a new one", code="grant_expired")
-    grant.used_at = work.now
-    work.session.add(grant)
+    return row, grant
 
 
-def _open(work: Work, row: KeyVersion) -> tuple[bytes, TenantKey]:
-    """The root and its key; a root that does not give the row's check value is not the row's."""
-    if row.ciphertext is None:
+def opened(service: Service, row: KeyVersion, kek: str) -> tuple[bytes, TenantKey]:
+    """The root and its key; a root that does not give the row's check value is not the row's.
+
+    Raises:
+        Gone: the version has been destroyed.
+        KeyMismatch: the stored root is another's.
+    """
+    if row.ciphertext is None or row.key_id is None:
         raise errors.Gone("this key has been destroyed", code="destroyed")
-    root = work.wrapper.unwrap(row.ciphertext, root_context(row.tenant, row.model, row.version))
-    key = TenantKey.from_root(root, row.tenant, row.model, row.version)
+    at = (row.tenant, row.model, row.version)
+    root = service.roots.get(row.key_id, row.ciphertext)
+    if root is None:
+        root = service.wrapper.unwrap(kek, row.ciphertext, root_context(*at))
+    key = TenantKey.from_root(root, *at)
     if not hmac.compare_digest(key.id, row.key_id):
         raise errors.KeyMismatch(f"the stored root is not the one of {row.key_id}")
+    service.roots.put(row.key_id, row.ciphertext, root)
     return root, key
 
 
-def _answer(work: Work, row: KeyVersion, purpose: str, secret: bytes, expires_at: datetime) -> ReleaseRead:
+def _answer(
+    row: KeyVersion,
+    model: Model,
+    purpose: Literal["client", "materialize"],
+    secret: bytes,
+    expires_at: datetime,
+) -> ReleaseRead:
     return ReleaseRead(
-        purpose="client" if purpose == "client" else "materialize",
-        key_id=row.key_id,
-        kcv=row.kcv,
-        vocab_kcv=row.vocab_kcv,
-        vocab_size=lookup.model(work.session, row.tenant, row.model).vocab_size,
+        purpose=purpose,
+        key_id=row.key_id or "",
+        kcv=row.kcv or "",
+        vocab_kcv=row.vocab_kcv or "",
+        vocab_size=model.vocab_size,
         secret=base64.b64encode(secret).decode(),
         expires_at=expires_at,
     )

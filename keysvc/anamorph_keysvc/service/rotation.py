@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-
 from anamorph import errors
-from anamorph.keys import TenantKey
-from anamorph.wire.admin import OperationRead, OperationStatus
+from anamorph.wire.admin import OperationRead, OperationStatus, RotationRead
 from anamorph.wire.states import State
-from anamorph_keysvc.service import lookup
+from anamorph_keysvc.service import lookup, quotas, webhooks
 from anamorph_keysvc.service.transition import move, subject, wrong_state
 from anamorph_keysvc.service.work import Work
 from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion, Model, Operation
-from anamorph_keysvc.wrapper import KEY_BYTES, root_context
 
 CANCELLED = "cancelled"
 
 
-def rotate(work: Work, tenant: str, model: str, reason: str = "requested") -> OperationRead:
+def rotate(work: Work, tenant: str, model: str, reason: str = "requested") -> RotationRead:
     """Issue the next version of a model's key, in PENDING, and the operation that follows it.
 
     Raises:
-        Conflict: a rotation of this model is in flight.
+        Conflict: a rotation of this model is in flight, or the tenant has too many versions.
     """
     row = lookup.model(work.session, tenant, model)
     running = lookup.in_states(work.session, row, *IN_FLIGHT)
@@ -32,25 +28,21 @@ def rotate(work: Work, tenant: str, model: str, reason: str = "requested") -> Op
             code="rotation_in_flight",
         )
     version = issue(work, row)
+    webhooks.enqueue(work, version, webhooks.event_of(None, version.state))
     work.record(tenant, "rotate", subject(version), state=version.state.value, reason=reason)
-    return lookup.operation_read(_begin(work, version))
+    operation = _begin(work, version)
+    quotas.check(work, tenant, "versions")
+    return RotationRead(**lookup.operation_read(operation).model_dump())
 
 
 def issue(work: Work, model: Model) -> KeyVersion:
-    """Draw a root, wrap it for its record, and store it with what can be known of it in public."""
+    """Give out the next version number. The version has no key yet: ``preparation`` draws it."""
     number = model.last_version + 1
-    root = work.entropy(KEY_BYTES)
-    key = TenantKey.from_root(root, model.tenant, model.id, number)
     version = KeyVersion(
         tenant=model.tenant,
         model=model.id,
         version=number,
         state=State.PENDING,
-        key_id=key.id,
-        kcv=key.kcv,
-        vocab_kcv=key.vocab_kcv,
-        public_key=base64.b64encode(key.public_key()).decode(),
-        ciphertext=work.wrapper.wrap(root, root_context(model.tenant, model.id, number)),
         created_at=work.now,
         updated_at=work.now,
     )
@@ -63,6 +55,7 @@ def issue(work: Work, model: Model) -> KeyVersion:
 def _begin(work: Work, version: KeyVersion) -> Operation:
     operation = Operation(
         id=work.fresh_id("op"),
+        kind="rotate",
         tenant=version.tenant,
         model=version.model,
         version=version.version,
@@ -70,6 +63,7 @@ def _begin(work: Work, version: KeyVersion) -> Operation:
         phase="pending",
         created_at=work.now,
         updated_at=work.now,
+        next_attempt_at=work.now,
     )
     work.session.add(operation)
     work.session.flush()
@@ -90,6 +84,7 @@ def end(work: Work, version: KeyVersion, status: OperationStatus, error: str | N
     if operation.status is OperationStatus.RUNNING:
         operation.status, operation.error, operation.updated_at = status, error, work.now
         operation.phase = status.value
+        operation.next_attempt_at = operation.leased_by = operation.leased_until = None
         if status is OperationStatus.SUCCEEDED:
             operation.progress = 1.0
         work.session.add(operation)
@@ -102,10 +97,14 @@ def cancel(work: Work, tenant: str, operation_id: str) -> OperationRead:
     Raises:
         Conflict: it has ended otherwise.
     """
-    operation = lookup.operation(work.session, tenant, operation_id)
+    # Only looked at: who holds a version may wait for its operation, so nobody does the reverse.
+    operation = lookup.operation(work.session, tenant, operation_id, lock=False)
+    if operation.model is None or operation.version is None:
+        raise errors.Conflict("shredding cannot be cancelled: its keys are destroyed", code="wrong_state")
+    version = lookup.version(work.session, tenant, operation.model, operation.version)
+    work.session.refresh(operation)
     if operation.status is OperationStatus.CANCELLED:
         return lookup.operation_read(operation)
-    version = lookup.version(work.session, tenant, operation.model, operation.version)
     if version.state not in IN_FLIGHT:
         raise wrong_state(version, "cancel")
     move(work, version, State.FAILED, "cancel", failure=CANCELLED)

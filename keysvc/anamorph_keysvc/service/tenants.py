@@ -17,8 +17,10 @@ from anamorph.wire.admin import (
     TenantCreate,
     TenantRead,
 )
+from anamorph.wire.states import State
 from anamorph_keysvc import credentials
-from anamorph_keysvc.service import lookup
+from anamorph_keysvc.service import lookup, quotas, schedule
+from anamorph_keysvc.service.transition import change
 from anamorph_keysvc.service.work import Work, found
 from anamorph_keysvc.tables import ApiKey, Model, Tenant
 
@@ -31,7 +33,7 @@ def create_tenant(work: Work, body: TenantCreate) -> TenantRead:
     """
     if work.session.get(Tenant, body.id) is not None:
         raise errors.Conflict(f"tenant '{body.id}' exists", code="exists")
-    row = Tenant(**body.model_dump(), created_at=work.now)
+    row = Tenant(**body.model_dump(), kek=f"t-{work.entropy(16).hex()}", created_at=work.now)
     work.session.add(row)
     work.session.flush()
     work.record(row.id, "tenant.create", row.id)
@@ -42,7 +44,7 @@ def create_model(work: Work, tenant: str, body: ModelCreate) -> ModelRead:
     """Register a model.
 
     Raises:
-        Conflict: it exists.
+        Conflict: it exists, or the tenant has too many.
     """
     lookup.tenant(work.session, tenant)
     if work.session.get(Model, (tenant, body.id)) is not None:
@@ -51,6 +53,7 @@ def create_model(work: Work, tenant: str, body: ModelCreate) -> ModelRead:
     work.session.add(row)
     work.session.flush()
     work.record(tenant, "model.create", row.id, base=row.base, profile=row.profile)
+    quotas.check(work, tenant, "models")
     return lookup.model_read(row)
 
 
@@ -70,6 +73,9 @@ def update_policy(work: Work, tenant: str, model: str, patch: RotationPolicyPatc
         raise errors.Unprocessable(first["msg"], code="invalid_policy", param=field or None) from None
     row.policy = policy.model_dump()
     work.session.add(row)
+    active = lookup.in_states(work.session, row, State.ACTIVE)
+    if active is not None and active.activated_at is not None:
+        change(work, active, **schedule.of(work.entropy, policy, active.activated_at))
     work.record(tenant, "policy.update", model, **changes)
     return policy
 
@@ -95,6 +101,7 @@ def create_api_key(work: Work, tenant: str, body: ApiKeyCreate) -> ApiKeySecret:
     )
     work.session.add(row)
     work.record(tenant, "api-key.create", row.id, role=row.role.value, name=row.name)
+    quotas.check(work, tenant, "api_keys")
     return ApiKeySecret(**lookup.api_key_read(row).model_dump(), secret=secret)
 
 

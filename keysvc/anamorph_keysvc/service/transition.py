@@ -9,8 +9,18 @@ from sqlmodel import col
 
 from anamorph import errors
 from anamorph.wire.states import TRANSITIONS, State
+from anamorph_keysvc.service import webhooks
 from anamorph_keysvc.service.work import Work
-from anamorph_keysvc.tables import KeyVersion
+from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion
+
+# Phases of a rotation, in order: without a key yet, with one, and then as the states.
+PHASES = ("pending", "prepared", "materializing", "staged")
+_ONWARD = frozenset({State.MATERIALIZING, State.STAGED, State.ACTIVE})
+
+
+def phase_of(state: State, *, prepared: bool) -> str:
+    """The phase of a rotation whose version is in ``state``; ``prepared``: it has its key."""
+    return "prepared" if state is State.PENDING and prepared else state.value.lower()
 
 
 def move(
@@ -34,6 +44,7 @@ def move(
     if to not in TRANSITIONS[origin]:
         raise wrong_state(row, action)
     change(work, row, state=to, **changes)
+    webhooks.enqueue(work, row, webhooks.event_of(origin, to))
     more = detail or {}
     work.record(row.tenant, action, subject(row), origin=origin.value, state=to.value, **more)
 
@@ -57,6 +68,9 @@ def change(work: Work, row: KeyVersion, **changes: Any) -> None:
     )
     if work.session.exec(statement).rowcount != 1:
         raise errors.Conflict("the key version changed meanwhile: read it again", code="conflict")
+    if row.state in IN_FLIGHT and (changes.get("state") in _ONWARD or "key_id" in changes):
+        took = (work.now - row.updated_at).total_seconds()
+        work.phases.append((phase_of(row.state, prepared=row.key_id is not None), took))
     work.session.refresh(row)
 
 

@@ -9,10 +9,11 @@ from sqlmodel import Session, col, select
 from anamorph import errors
 from anamorph.wire.admin import KeyVersionRead, UsageReport
 from anamorph.wire.states import State
+from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service import lookup, rotation
 from anamorph_keysvc.service.transition import change
 from anamorph_keysvc.service.work import Service, Work
-from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion, Model, Usage
+from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion, Usage
 
 ACTOR = "service"
 
@@ -36,28 +37,25 @@ def due_rotations(session: Session, now: datetime, backoff: timedelta) -> list[t
 
     A model whose newest version failed is left alone for ``backoff`` after that.
     """
-    due = []
-    for active in session.exec(select(KeyVersion).where(KeyVersion.state == State.ACTIVE)):
-        model = lookup.model(session, active.tenant, active.model)
-        reason = _reason(active, model, now)
-        if reason and not _must_wait(session, model, now, backoff):
-            due.append((active.tenant, active.model, reason))
-    return due
+    spent = col(KeyVersion.served_tokens) >= col(KeyVersion.token_limit)
+    old = col(KeyVersion.rotate_at) <= now
+    due = select(KeyVersion).where(KeyVersion.state == State.ACTIVE, spent | old)
+    return [
+        (active.tenant, active.model, _reason(active))
+        for active in session.exec(due)
+        if not _must_wait(session, active, now, backoff)
+    ]
 
 
-def _reason(active: KeyVersion, model: Model, now: datetime) -> str | None:
-    policy = lookup.policy_of(model)
-    if policy.token_budget is not None and active.served_tokens >= policy.token_budget:
-        return "token budget"
-    if policy.period_s is None or active.activated_at is None:
-        return None
-    return "period" if now >= active.activated_at + timedelta(seconds=policy.period_s) else None
+def _reason(active: KeyVersion) -> str:
+    limit = active.token_limit
+    return "token budget" if limit is not None and active.served_tokens >= limit else "period"
 
 
-def _must_wait(session: Session, model: Model, now: datetime, backoff: timedelta) -> bool:
+def _must_wait(session: Session, active: KeyVersion, now: datetime, backoff: timedelta) -> bool:
     newest = session.exec(
         select(KeyVersion)
-        .where(KeyVersion.tenant == model.tenant, KeyVersion.model == model.id)
+        .where(KeyVersion.tenant == active.tenant, KeyVersion.model == active.model)
         .order_by(col(KeyVersion.version).desc())
         .limit(1)
     ).one()
@@ -69,12 +67,12 @@ def _must_wait(session: Session, model: Model, now: datetime, backoff: timedelta
 def rotate_due(service: Service) -> int:
     """Begin every rotation that is due; answers how many began."""
     backoff = timedelta(seconds=service.limits.rotation_backoff_s)
-    with service.database.read() as session:
+    with service.database.read(WORKER) as session:
         due = due_rotations(session, service.clock(), backoff)
     begun = 0
     for tenant, model, reason in due:
         try:
-            with service.work(ACTOR) as work:
+            with service.work(ACTOR, WORKER) as work:
                 rotation.rotate(work, tenant, model, reason)
         except errors.Conflict:
             continue  # someone else has begun one meanwhile, which is as good

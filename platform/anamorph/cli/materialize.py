@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,7 +133,7 @@ def _released_key(order: Order, keys: KeyService) -> TenantKey:
     from anamorph.keys import TenantKey
 
     release = keys.release(order.tenant, order.model, order.version, "materialize")
-    key = TenantKey.from_root(b64decode(release.secret), order.tenant, order.model, order.version)
+    key = TenantKey.from_root(release.material(), order.tenant, order.model, order.version)
     if key.id != release.key_id:
         raise errors.KeyMismatch("the released root does not have the key id that the service names")
     return key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable
 from typing import Any, NoReturn, SupportsIndex, overload
 
@@ -105,7 +104,7 @@ def _vocab_key(
     if isinstance(key, ReleaseRead):
         if key.purpose != "client":
             raise InvalidKey("this release carries a root; a client asks for purpose 'client'")
-        return VocabKey(base64.b64decode(key.secret), key.key_id, key.vocab_kcv)
+        return VocabKey(key.material(), key.key_id, key.vocab_kcv)
     if key_id is None or vocab_kcv is None:
         raise InvalidKey("bare key bytes cannot be checked; pass key_id= and vocab_kcv= with them")
     return VocabKey(bytes(key), key_id, vocab_kcv)

@@ -39,10 +39,15 @@ ALLOWED: Final[frozenset[str]] = frozenset(
         names.ACTION,
         names.MEASURE,
         names.STATISTIC,
+        names.KIND,
+        names.PHASE,
+        names.PURPOSE,
+        names.SOURCE,
+        names.IDENTITY,
+        names.METHOD,
+        names.ROUTE,
+        names.STATUS_CODE,
         "exception.type",
-        "http.request.method",
-        "http.response.status_code",
-        "http.route",
     }
 )
 

@@ -42,6 +42,14 @@ STATE: Final = "anamorph.state"
 ACTION: Final = "anamorph.action"
 MEASURE: Final = "anamorph.measure"
 STATISTIC: Final = "anamorph.statistic"
+KIND: Final = "anamorph.kind"
+PHASE: Final = "anamorph.phase"
+PURPOSE: Final = "anamorph.purpose"
+SOURCE: Final = "anamorph.source"
+IDENTITY: Final = "anamorph.identity"
+METHOD: Final = "http.request.method"
+ROUTE: Final = "http.route"
+STATUS_CODE: Final = "http.response.status_code"
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)

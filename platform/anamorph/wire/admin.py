@@ -6,13 +6,24 @@ are UTC, all durations seconds. Unknown fields are refused.
 
 from __future__ import annotations
 
+import base64
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
+from anamorph.errors import Conflict, InvalidKey
 from anamorph.wire.ids import Label
+from anamorph.wire.recipient import check_recipient
 from anamorph.wire.states import State
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -22,16 +33,27 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$", max_length=1024)]
 
 # Numbers stay within what JSON readers, the audit log's canonical form and SQL integers all hold.
-Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+# A true is no 1 here, nor a "1".
+Int = Annotated[int, Field(strict=True)]
+Real = Annotated[float, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53 - 1)]
 LONGEST_S = 10 * 366 * 86400
 
 T = TypeVar("T")
 
 
 class Message(BaseModel):
-    """Base of everything on this wire: immutable, unknown fields refused."""
+    """Base of everything on this wire: immutable, unknown fields and NUL characters refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        # No text column can hold one.
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a text without NUL characters is needed")
+        return value
 
 
 class Role(StrEnum):
@@ -61,14 +83,17 @@ class RotationPolicy(Message):
     clock_skew_s + propagation_s``: a client may use a cached key that long.
     """
 
-    period_s: int | None = Field(default=None, ge=60, le=LONGEST_S)
+    period_s: Int | None = Field(default=None, ge=60, le=LONGEST_S)
     token_budget: Count | None = Field(default=None, ge=1)
-    grace_s: int = Field(default=900, ge=1, le=LONGEST_S)
-    client_cache_ttl_s: int = Field(default=300, ge=1, le=600)
-    longest_request_s: int = Field(default=300, ge=1, le=LONGEST_S)
-    clock_skew_s: int = Field(default=30, ge=0, le=LONGEST_S)
-    propagation_s: int = Field(default=30, ge=0, le=LONGEST_S)
-    destroy_delay_s: int = Field(default=30 * 86400, ge=0, le=LONGEST_S)
+    grace_s: Int = Field(default=900, ge=1, le=LONGEST_S)
+    client_cache_ttl_s: Int = Field(default=300, ge=1, le=600)
+    longest_request_s: Int = Field(default=300, ge=1, le=LONGEST_S)
+    clock_skew_s: Int = Field(default=30, ge=0, le=LONGEST_S)
+    propagation_s: Int = Field(default=30, ge=0, le=LONGEST_S)
+    destroy_delay_s: Int = Field(default=30 * 86400, ge=0, le=LONGEST_S)
+    jitter: Real = Field(default=0.1, ge=0, le=0.5)
+    """Rotations begin up to this fraction earlier than ``period_s`` and ``token_budget`` say,
+    by chance, so that not all tenants rotate at once."""
 
     @model_validator(mode="after")
     def _grace_covers_every_client(self) -> Self:
@@ -84,14 +109,15 @@ class RotationPolicy(Message):
 class RotationPolicyPatch(Message):
     """Fields of a ``RotationPolicy`` to change; ``null`` switches a period or token budget off."""
 
-    period_s: int | None = None
-    token_budget: int | None = None
-    grace_s: int | None = None
-    client_cache_ttl_s: int | None = None
-    longest_request_s: int | None = None
-    clock_skew_s: int | None = None
-    propagation_s: int | None = None
-    destroy_delay_s: int | None = None
+    period_s: Int | None = None
+    token_budget: Int | None = None
+    grace_s: Int | None = None
+    client_cache_ttl_s: Int | None = None
+    longest_request_s: Int | None = None
+    clock_skew_s: Int | None = None
+    propagation_s: Int | None = None
+    destroy_delay_s: Int | None = None
+    jitter: Real | None = None
 
 
 class ModelCreate(Message):
@@ -110,8 +136,8 @@ class ModelCreate(Message):
     profile: Profile = "rotate"
     engine: Engine = "torch"
     dtype: Dtype = "auto"
-    vocab_size: int = Field(ge=2, le=2**31 - 1)
-    context_length: int = Field(ge=1, le=2**31 - 1)
+    vocab_size: Int = Field(ge=2, le=2**31 - 1)
+    context_length: Int = Field(ge=1, le=2**31 - 1)
     tokenizer_digest: Digest | None = None
     chat_template_digest: Digest | None = None
     policy: RotationPolicy = RotationPolicy()
@@ -142,27 +168,46 @@ class Materialized(Message):
 
 
 class KeyVersionRead(Message):
-    """One key version: metadata only, never key bytes."""
+    """One key version: metadata only, never key bytes.
+
+    ``key_id``, the check values and the public key are absent while a version in PENDING is
+    being prepared. ``destroy_complete_after`` is when a destroyed key is gone from backups
+    and caches too.
+    """
 
     tenant: Label
     model: Label
-    version: int = Field(ge=1)
+    version: Int = Field(ge=1)
     state: State
-    key_id: str
-    kcv: str
-    vocab_kcv: str
-    public_key: Base64
+    key_id: str | None = None
+    kcv: str | None = None
+    vocab_kcv: str | None = None
+    public_key: Base64 | None = None
     """Raw Ed25519 public key (32 bytes, base64): the trust anchor of the replica's manifest."""
-    row_version: int
+    row_version: Int
     created_at: datetime
     updated_at: datetime
     activated_at: datetime | None = None
     drain_until: datetime | None = None
     destroy_at: datetime | None = None
+    destroyed_at: datetime | None = None
+    destroy_complete_after: datetime | None = None
     endpoint: str | None = None
     artifact: Materialized | None = None
     failure: str | None = None
-    served_tokens: int = 0
+    served_tokens: Int = 0
+
+    def require_key_id(self) -> str:
+        """The key id of a version that must have one by now.
+
+        Raises:
+            Conflict: it is still being prepared.
+        """
+        if self.key_id is None:
+            raise Conflict(
+                "the key of this version is still being prepared", code="key_pending", retry_after=1
+            )
+        return self.key_id
 
 
 class Page(BaseModel, Generic[T]):
@@ -180,26 +225,34 @@ class OperationStatus(StrEnum):
 
 
 class OperationRead(Message):
-    """A rotation in progress: one operation per version it creates."""
+    """Long work and how far it is: ``rotate`` makes a version, ``shred`` erases old KEK versions."""
 
     id: str
-    kind: Literal["rotate"]
+    kind: Literal["rotate", "shred"]
     tenant: Label
-    model: Label
-    version: int
+    model: Label | None = None
+    version: Int | None = None
     status: OperationStatus
     phase: str
-    progress: float = Field(ge=0, le=1)
+    progress: Real = Field(ge=0, le=1)
     error: str | None = None
     created_at: datetime
     updated_at: datetime
+
+
+class RotationRead(OperationRead):
+    """A rotation, which always has the version that it makes."""
+
+    kind: Literal["rotate"]
+    model: Label
+    version: Int
 
 
 class Progress(Message):
     """Progress of a materialisation, reported under its grant; ``done`` in 0..1."""
 
     phase: str = Field(max_length=60)
-    done: float = Field(ge=0, le=1)
+    done: Real = Field(ge=0, le=1)
 
 
 class GrantRead(Message):
@@ -217,24 +270,62 @@ class Activation(Message):
     endpoint: str = Field(min_length=1, max_length=2000)
 
 
+def _recipient_for_pydantic(value: str) -> str:
+    try:
+        check_recipient(value)
+    except InvalidKey as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+# 32 bytes in base64 leave two zero bits in the last digit.
+RecipientKey = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"), AfterValidator(_recipient_for_pydantic)
+]
+
+
 class ReleaseRequest(Message):
+    """``recipient`` is the raw X25519 public key to seal the answer to; see ``wire.sealed``."""
+
     purpose: Literal["client", "materialize"]
+    recipient: RecipientKey | None = None
 
 
 class ReleaseRead(Message):
     """The only message that carries key bytes; answered with ``Cache-Control: no-store``.
 
     ``secret`` is the ``vocab`` subkey for ``client`` and the root for ``materialize``
-    (32 bytes, base64). A client drops it at ``expires_at`` at the latest.
+    (32 bytes, base64); ``sealed`` stands in its place where the request named a
+    recipient. A client drops it at ``expires_at`` at the latest.
     """
+
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     purpose: Literal["client", "materialize"]
     key_id: str
     kcv: str
     vocab_kcv: str
-    vocab_size: int
-    secret: Base64 = Field(repr=False)
+    vocab_size: Int
+    secret: Base64 | None = Field(default=None, repr=False)
+    sealed: Base64 | None = Field(default=None, repr=False)
+    """Encapsulated key (32 bytes) and ciphertext, base64."""
     expires_at: datetime
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.secret is None) == (self.sealed is None):
+            raise ValueError("a release holds either 'secret' or 'sealed'")
+        return self
+
+    def material(self) -> bytes:
+        """The key bytes.
+
+        Raises:
+            InvalidKey: they are still sealed.
+        """
+        if self.secret is None:
+            raise InvalidKey("this release is sealed: open it with the recipient that asked for it")
+        return base64.b64decode(self.secret)
 
 
 class ApiKeyCreate(Message):
@@ -273,6 +364,17 @@ class JwkSet(Message):
     keys: tuple[PublicKey, ...]
 
 
+class BackupCreate(Message):
+    """A backup of the key service's database that was taken, checked and kept."""
+
+    taken_at: AwareDatetime
+
+
+class BackupRead(BackupCreate):
+    id: str
+    recorded_at: datetime
+
+
 class UsageReport(Message):
     """Tokens served by one engine process since it started; reporting twice counts once."""
 
@@ -284,7 +386,7 @@ class AuditRead(Message):
     """One row of a tenant's hash chain; see ``anamorph.wire.audit``."""
 
     tenant: str
-    sequence: int
+    sequence: Int
     at: datetime
     actor: str
     action: str
@@ -292,3 +394,100 @@ class AuditRead(Message):
     detail: dict[str, str | int | None]
     previous: str
     digest: str
+
+
+class Event(StrEnum):
+    """What a webhook is told of; ``webhook.test`` is what a test sends, whatever was asked for."""
+
+    ROTATION_STARTED = "rotation.started"
+    ROTATION_STAGED = "rotation.staged"
+    ROTATION_ACTIVATED = "rotation.activated"
+    ROTATION_FAILED = "rotation.failed"
+    KEY_DRAINING = "key.draining"
+    KEY_RETIRED = "key.retired"
+    KEY_SUSPENDED = "key.suspended"
+    KEY_RESUMED = "key.resumed"
+    KEY_REVOKED = "key.revoked"
+    KEY_DESTROY_SCHEDULED = "key.destroy_scheduled"
+    KEY_RESTORED = "key.restored"
+    KEY_DESTROYED = "key.destroyed"
+    WEBHOOK_TEST = "webhook.test"
+
+
+class WebhookCreate(Message):
+    """Where to send events: https, port 443 or from 1024, at public addresses; all events by default."""
+
+    url: str = Field(min_length=1, max_length=2000, examples=["https://hooks.example.com/anamorph"])
+    events: tuple[Event, ...] = Field(default=tuple(Event), min_length=1, max_length=50)
+
+
+class WebhookRead(WebhookCreate):
+    id: str
+    tenant: Label
+    enabled: bool
+    disabled_reason: str | None = None
+    created_at: datetime
+
+
+class WebhookSecret(WebhookRead):
+    """Answer to a creation: the only time the signing secret is shown."""
+
+    secret: str = Field(repr=False)
+
+
+class DeliveryRead(Message):
+    """One event on its way to one webhook; ``last_error`` is one of a few phrases of ours."""
+
+    id: str
+    tenant: Label
+    webhook: str
+    event: Event
+    status: Literal["pending", "delivered", "dead"]
+    attempts: Int
+    created_at: datetime
+    next_attempt_at: datetime | None = None
+    delivered_at: datetime | None = None
+    last_status: Int | None = None
+    last_error: str | None = None
+
+
+class EventSubject(Message):
+    """The key version that an event is about; only the tenant is known in a test."""
+
+    tenant: Label
+    model: Label | None = None
+    version: Int | None = None
+    key_id: str | None = None
+    state: State | None = None
+
+
+class WebhookEvent(Message):
+    """Body of a webhook's request: metadata only.
+
+    ``id`` is also the header ``webhook-id``: the same at each attempt and for each webhook.
+    """
+
+    id: str
+    type: Event
+    timestamp: datetime
+    data: EventSubject
+
+
+class TenantQuota(Message):
+    """How many objects a tenant may have at once: API keys that are not revoked, and key
+    versions from PENDING to RETIRED or SUSPENDED, which are those it has yet to destroy.
+    """
+
+    models: Int = Field(default=100, ge=0, le=100_000)
+    api_keys: Int = Field(default=200, ge=0, le=100_000)
+    webhooks: Int = Field(default=10, ge=0, le=1000)
+    versions: Int = Field(default=1000, ge=0, le=1_000_000)
+
+
+class TenantQuotaPatch(Message):
+    """Fields of a ``TenantQuota`` to change; ``null`` takes one back to its default."""
+
+    models: Int | None = None
+    api_keys: Int | None = None
+    webhooks: Int | None = None
+    versions: Int | None = None

@@ -2,15 +2,16 @@
 
 Each tenant has one chain. A row's digest covers every other field of the row and,
 through ``previous``, all rows before it, so an edit, deletion, insertion or
-reordering shows at the first row that it touches. Rows cut off the end show only
-against a checkpoint that was taken outside the database.
+reordering shows at the first row that it touches. Rows cut off the end, and a chain
+computed anew, show only against a checkpoint kept outside the database
+(``anamorph.wire.checkpoints``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +22,8 @@ DOMAIN = b"anamorph-audit/1\n"
 FIRST_SEQUENCE = 1
 # What the first row of a chain names as its predecessor.
 GENESIS = "0" * 64
+
+OTHER_ROW = "the row is not the one that the checkpoint was taken of"
 
 _MAX_INTEGER = 2**53 - 1
 
@@ -78,7 +81,7 @@ def row_digest(row: AuditRead) -> str:
         ValueError: a field has no canonical form.
     """
     fields: dict[str, Any] = row.model_dump(exclude={"digest"})
-    fields["at"] = _canonical_time(row.at)
+    fields["at"] = canonical_time(row.at)
     return hashlib.sha256(DOMAIN + canonical_json(fields)).hexdigest()
 
 
@@ -100,15 +103,33 @@ def first_break(
             rows missing at the end cannot be seen.
     """
     head = start
+    for step in heads(rows, tenant=tenant, start=start):
+        if isinstance(step, Break):
+            return step
+        head = step
+        if until is not None and head.sequence == until.sequence and head != until:
+            return Break(head.sequence, OTHER_ROW)
+    return cut_off(head, until) if until is not None else None
+
+
+def heads(
+    rows: Iterable[AuditRead], *, tenant: str, start: Checkpoint = START
+) -> Iterator[Checkpoint | Break]:
+    """The chain's head after each of ``rows``; a ``Break`` instead, and no more, at the first that fails."""
+    head = start
     for row in rows:
         if reason := _fault(row, tenant, head):
-            return Break(head.sequence + 1, reason)
+            yield Break(head.sequence + 1, reason)
+            return
         head = checkpoint_of(row)
-        if until is not None and head.sequence == until.sequence and head != until:
-            return Break(head.sequence, "the row is not the one that the checkpoint was taken of")
-    if until is not None and head.sequence < until.sequence:
-        return Break(head.sequence + 1, f"missing: the checkpoint was taken at row {until.sequence}")
-    return None
+        yield head
+
+
+def cut_off(head: Checkpoint, until: Checkpoint) -> Break | None:
+    """The break of a chain that ends at ``head`` although a checkpoint was taken later, at ``until``."""
+    if head.sequence >= until.sequence:
+        return None
+    return Break(head.sequence + 1, f"missing: the checkpoint was taken at row {until.sequence}")
 
 
 def _fault(row: AuditRead, tenant: str, head: Checkpoint) -> str | None:
@@ -146,7 +167,12 @@ def _ordered(value: Any) -> Any:
     raise ValueError(f"{type(value).__name__} value outside the canonical form")
 
 
-def _canonical_time(at: datetime) -> str:
+def canonical_time(at: datetime) -> str:
+    """``at`` in UTC as ``YYYY-MM-DDTHH:MM:SS.ffffffZ``.
+
+    Raises:
+        ValueError: a time without a zone.
+    """
     if at.tzinfo is None:
         raise ValueError("a time without a zone; audit rows are in UTC")
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

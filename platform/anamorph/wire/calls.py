@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import httpx
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import BaseModel, ValidationError
 
 from anamorph import errors
 from anamorph.wire import admin, problems
+from anamorph.wire.sealed import Recipient
 from anamorph.wire.states import State
 
 T = TypeVar("T", bound=BaseModel)
@@ -22,6 +24,8 @@ T = TypeVar("T", bound=BaseModel)
 ATTEMPTS = 4
 TIMEOUT = httpx.Timeout(30.0, connect=3.0)
 _LONGEST_PAUSE_S = 10.0
+# As ``telemetry.traces`` does it, which is not below this module.
+_propagator = TraceContextTextMapPropagator()
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class Call(Generic[T]):
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """The request as ``http`` would send it."""
-        headers, content = dict(self.headers), None
+        headers, content = {**self.headers, **_traceparent()}, None
         if self.body is not None:
             content = self.body.model_dump_json(
-                exclude_unset=isinstance(self.body, admin.RotationPolicyPatch)
+                exclude_unset=isinstance(self.body, admin.RotationPolicyPatch | admin.TenantQuotaPatch)
             )
             headers["Content-Type"] = "application/json"
         return http.build_request(
@@ -111,6 +115,13 @@ def client_options(url: str, token: str | None) -> ClientOptions:
     return ClientOptions(base_url=url, headers=headers, follow_redirects=False, trust_env=False)
 
 
+def _traceparent() -> dict[str, str]:
+    """Of the caller's span, if there is one; never ``tracestate``, which is others' free text."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return {name: value for name, value in carrier.items() if name == "traceparent"}
+
+
 def _worth_repeating(response: httpx.Response) -> bool:
     if response.status_code in problems.RETRYABLE:
         return True
@@ -147,6 +158,11 @@ def post(
     return Call("POST", path, answer, body, headers=headers, repeatable=True)
 
 
+def delete(path: str, answer: type[T]) -> Call[T]:
+    """A deletion under a fresh Idempotency-Key: repeated, it answers what was deleted, and not 404."""
+    return Call("DELETE", path, answer, headers={"Idempotency-Key": uuid.uuid4().hex}, repeatable=True)
+
+
 def post_plain(
     path: str, answer: type[T], body: BaseModel | None = None, *, repeatable: bool = False
 ) -> Call[T]:
@@ -157,6 +173,11 @@ def post_plain(
 def tenant_path(tenant: str) -> str:
     """Path of a tenant; ids follow ``wire.ids``, so nothing in them needs quoting."""
     return f"/v1/tenants/{tenant}"
+
+
+def webhook_path(tenant: str, webhook: str) -> str:
+    """Path of a webhook."""
+    return f"{tenant_path(tenant)}/webhooks/{webhook}"
 
 
 def model_path(tenant: str, model: str) -> str:
@@ -191,6 +212,19 @@ def on_version(
 ) -> Call[T]:
     """A call on one key version that takes no Idempotency-Key."""
     return post_plain(version_path(tenant, model, version, verb), answer, body, repeatable=repeatable)
+
+
+def release(recipient: Recipient) -> Call[admin.ReleaseRead]:
+    """Ask for key material, sealed to ``recipient``; a root is released once, so never asked for twice."""
+    return on_version(
+        recipient.tenant,
+        recipient.model,
+        recipient.version,
+        "release",
+        admin.ReleaseRead,
+        admin.ReleaseRequest(purpose=recipient.purpose, recipient=recipient.public),
+        repeatable=recipient.purpose == "client",
+    )
 
 
 def versions(state: State | None, page: str | None) -> Call[admin.Page[admin.KeyVersionRead]]:

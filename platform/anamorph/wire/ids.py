@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 
 from anamorph.errors import InvalidId
 
@@ -44,7 +44,11 @@ def _label_for_pydantic(value: str) -> str:
         raise ValueError(str(error)) from error
 
 
-Label = Annotated[str, AfterValidator(_label_for_pydantic)]
+Label = Annotated[
+    str,
+    AfterValidator(_label_for_pydantic),
+    WithJsonSchema({"type": "string", "maxLength": 63, "pattern": f"^{LABEL}$"}),
+]
 
 
 @dataclass(frozen=True)

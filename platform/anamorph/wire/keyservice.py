@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
@@ -28,6 +28,9 @@ from anamorph.wire.admin import (
     ApiKeyRead,
     ApiKeySecret,
     AuditRead,
+    BackupCreate,
+    BackupRead,
+    DeliveryRead,
     Failure,
     GrantRead,
     InferenceTokenRead,
@@ -40,15 +43,21 @@ from anamorph.wire.admin import (
     Page,
     Progress,
     ReleaseRead,
-    ReleaseRequest,
     RotationPolicy,
     RotationPolicyPatch,
+    RotationRead,
     TenantCreate,
+    TenantQuota,
+    TenantQuotaPatch,
     TenantRead,
     UsageReport,
+    WebhookCreate,
+    WebhookRead,
+    WebhookSecret,
 )
-from anamorph.wire.calls import Call, model_path, tenant_path, version_path
+from anamorph.wire.calls import Call, model_path, tenant_path, version_path, webhook_path
 from anamorph.wire.keyservice_async import AsyncKeyService, aeverything
+from anamorph.wire.sealed import Purpose, Recipient
 from anamorph.wire.states import State
 
 __all__ = ["AsyncKeyService", "KeyService", "aeverything", "everything"]
@@ -170,10 +179,10 @@ class KeyService:
             )
         )
 
-    def rotate(self, tenant: str, model: str, *, idempotency_key: str | None = None) -> OperationRead:
+    def rotate(self, tenant: str, model: str, *, idempotency_key: str | None = None) -> RotationRead:
         """Begin a rotation: a new version in PENDING. Conflict while another one is in flight."""
         return self._send(
-            calls.post(f"{model_path(tenant, model)}/keys:rotate", OperationRead, key=idempotency_key)
+            calls.post(f"{model_path(tenant, model)}/keys:rotate", RotationRead, key=idempotency_key)
         )
 
     def list_versions(self, tenant: str, model: str, *, page: str | None = None) -> Page[KeyVersionRead]:
@@ -224,21 +233,17 @@ class KeyService:
         """Issue the materialisation grant; an older grant of this version is void from then on."""
         return self._send(calls.on_version(tenant, model, version, "materialize", GrantRead, repeatable=True))
 
-    def release(
-        self, tenant: str, model: str, version: int, purpose: Literal["client", "materialize"]
-    ) -> ReleaseRead:
-        """Key material: the vocab subkey for ``client``, the root, once, for ``materialize``."""
-        return self._send(
-            calls.on_version(
-                tenant,
-                model,
-                version,
-                "release",
-                ReleaseRead,
-                ReleaseRequest(purpose=purpose),
-                repeatable=purpose == "client",
-            )
-        )
+    def release(self, tenant: str, model: str, version: int, purpose: Purpose) -> ReleaseRead:
+        """Key material: the vocab subkey for ``client``, the root, once, for ``materialize``.
+
+        It crosses the network sealed to a key of this one call.
+
+        Raises:
+            InvalidKey: the answer is not sealed.
+            KeyMismatch: the answer is about another key, or does not open.
+        """
+        recipient = Recipient.generate(tenant, model, version, purpose)
+        return recipient.open(self._send(calls.release(recipient)))
 
     def progress(self, tenant: str, model: str, version: int, progress: Progress) -> OperationRead:
         """Report how far the materialisation is; with the grant."""
@@ -297,6 +302,14 @@ class KeyService:
             )
         )
 
+    def rotate_inference_keys(self) -> JwkSet:
+        """Publish the next signing key of inference tokens; all keys published then."""
+        return self._send(calls.post_plain("/v1/inference-keys:rotate", JwkSet))
+
+    def record_backup(self, body: BackupCreate) -> BackupRead:
+        """Note that a backup of the database was taken, and can be restored."""
+        return self._send(calls.post("/v1/backups", BackupRead, body))
+
     def inference_keys(self) -> JwkSet:
         """Public keys that inference tokens are verified with; needs no credential."""
         return self._send(calls.get("/v1/inference-keys", JwkSet))
@@ -312,3 +325,37 @@ class KeyService:
     def all_models(self, *, page: str | None = None) -> Page[ModelRead]:
         """One page of the models of all tenants."""
         return self._send(calls.get("/v1/models", Page[ModelRead], page=page))
+
+    def create_webhook(self, tenant: str, webhook: WebhookCreate) -> WebhookSecret:
+        """Create a webhook; this answer is the only one that shows its secret."""
+        return self._send(calls.post_plain(f"{tenant_path(tenant)}/webhooks", WebhookSecret, webhook))
+
+    def list_webhooks(self, tenant: str, *, page: str | None = None) -> Page[WebhookRead]:
+        """One page of a tenant's webhooks, without their secrets."""
+        return self._send(calls.get(f"{tenant_path(tenant)}/webhooks", Page[WebhookRead], page=page))
+
+    def get_webhook(self, tenant: str, webhook: str) -> WebhookRead:
+        """One webhook."""
+        return self._send(calls.get(webhook_path(tenant, webhook), WebhookRead))
+
+    def delete_webhook(self, tenant: str, webhook: str) -> WebhookRead:
+        """Delete a webhook, with all that was to be sent to it."""
+        return self._send(calls.delete(webhook_path(tenant, webhook), WebhookRead))
+
+    def send_test_event(self, tenant: str, webhook: str) -> DeliveryRead:
+        """Send an event of the type ``webhook.test``, once."""
+        return self._send(calls.post(f"{webhook_path(tenant, webhook)}:test", DeliveryRead))
+
+    def list_deliveries(self, tenant: str, webhook: str, *, page: str | None = None) -> Page[DeliveryRead]:
+        """One page of what was and is to be sent to a webhook, oldest first."""
+        return self._send(
+            calls.get(f"{webhook_path(tenant, webhook)}/deliveries", Page[DeliveryRead], page=page)
+        )
+
+    def get_quota(self, tenant: str) -> TenantQuota:
+        """How many objects a tenant may have."""
+        return self._send(calls.get(f"{tenant_path(tenant)}/quota", TenantQuota))
+
+    def update_quota(self, tenant: str, patch: TenantQuotaPatch) -> TenantQuota:
+        """Change the fields of the quota that ``patch`` sets; answers the whole quota."""
+        return self._send(Call("PATCH", f"{tenant_path(tenant)}/quota", TenantQuota, patch, repeatable=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
@@ -17,6 +17,9 @@ from anamorph.wire.admin import (
     ApiKeyRead,
     ApiKeySecret,
     AuditRead,
+    BackupCreate,
+    BackupRead,
+    DeliveryRead,
     Failure,
     GrantRead,
     InferenceTokenRead,
@@ -29,14 +32,20 @@ from anamorph.wire.admin import (
     Page,
     Progress,
     ReleaseRead,
-    ReleaseRequest,
     RotationPolicy,
     RotationPolicyPatch,
+    RotationRead,
     TenantCreate,
+    TenantQuota,
+    TenantQuotaPatch,
     TenantRead,
     UsageReport,
+    WebhookCreate,
+    WebhookRead,
+    WebhookSecret,
 )
-from anamorph.wire.calls import Call, model_path, tenant_path, version_path
+from anamorph.wire.calls import Call, model_path, tenant_path, version_path, webhook_path
+from anamorph.wire.sealed import Purpose, Recipient
 from anamorph.wire.states import State
 
 T = TypeVar("T", bound=BaseModel)
@@ -141,9 +150,9 @@ class AsyncKeyService:
             )
         )
 
-    async def rotate(self, tenant: str, model: str, *, idempotency_key: str | None = None) -> OperationRead:
+    async def rotate(self, tenant: str, model: str, *, idempotency_key: str | None = None) -> RotationRead:
         return await self._send(
-            calls.post(f"{model_path(tenant, model)}/keys:rotate", OperationRead, key=idempotency_key)
+            calls.post(f"{model_path(tenant, model)}/keys:rotate", RotationRead, key=idempotency_key)
         )
 
     async def list_versions(
@@ -196,20 +205,9 @@ class AsyncKeyService:
             calls.on_version(tenant, model, version, "materialize", GrantRead, repeatable=True)
         )
 
-    async def release(
-        self, tenant: str, model: str, version: int, purpose: Literal["client", "materialize"]
-    ) -> ReleaseRead:
-        return await self._send(
-            calls.on_version(
-                tenant,
-                model,
-                version,
-                "release",
-                ReleaseRead,
-                ReleaseRequest(purpose=purpose),
-                repeatable=purpose == "client",
-            )
-        )
+    async def release(self, tenant: str, model: str, version: int, purpose: Purpose) -> ReleaseRead:
+        recipient = Recipient.generate(tenant, model, version, purpose)
+        return recipient.open(await self._send(calls.release(recipient)))
 
     async def progress(self, tenant: str, model: str, version: int, progress: Progress) -> OperationRead:
         return await self._send(
@@ -267,6 +265,12 @@ class AsyncKeyService:
             )
         )
 
+    async def rotate_inference_keys(self) -> JwkSet:
+        return await self._send(calls.post_plain("/v1/inference-keys:rotate", JwkSet))
+
+    async def record_backup(self, body: BackupCreate) -> BackupRead:
+        return await self._send(calls.post("/v1/backups", BackupRead, body))
+
     async def inference_keys(self) -> JwkSet:
         return await self._send(calls.get("/v1/inference-keys", JwkSet))
 
@@ -280,3 +284,33 @@ class AsyncKeyService:
 
     async def all_models(self, *, page: str | None = None) -> Page[ModelRead]:
         return await self._send(calls.get("/v1/models", Page[ModelRead], page=page))
+
+    async def create_webhook(self, tenant: str, webhook: WebhookCreate) -> WebhookSecret:
+        return await self._send(calls.post_plain(f"{tenant_path(tenant)}/webhooks", WebhookSecret, webhook))
+
+    async def list_webhooks(self, tenant: str, *, page: str | None = None) -> Page[WebhookRead]:
+        return await self._send(calls.get(f"{tenant_path(tenant)}/webhooks", Page[WebhookRead], page=page))
+
+    async def get_webhook(self, tenant: str, webhook: str) -> WebhookRead:
+        return await self._send(calls.get(webhook_path(tenant, webhook), WebhookRead))
+
+    async def delete_webhook(self, tenant: str, webhook: str) -> WebhookRead:
+        return await self._send(calls.delete(webhook_path(tenant, webhook), WebhookRead))
+
+    async def send_test_event(self, tenant: str, webhook: str) -> DeliveryRead:
+        return await self._send(calls.post(f"{webhook_path(tenant, webhook)}:test", DeliveryRead))
+
+    async def list_deliveries(
+        self, tenant: str, webhook: str, *, page: str | None = None
+    ) -> Page[DeliveryRead]:
+        return await self._send(
+            calls.get(f"{webhook_path(tenant, webhook)}/deliveries", Page[DeliveryRead], page=page)
+        )
+
+    async def get_quota(self, tenant: str) -> TenantQuota:
+        return await self._send(calls.get(f"{tenant_path(tenant)}/quota", TenantQuota))
+
+    async def update_quota(self, tenant: str, patch: TenantQuotaPatch) -> TenantQuota:
+        return await self._send(
+            Call("PATCH", f"{tenant_path(tenant)}/quota", TenantQuota, patch, repeatable=True)
+        )

@@ -65,7 +65,7 @@ def ask(stage: Stage, version: KeyVersionRead, what: str, expected: int, **how: 
         how: ``token``, ``key_id`` or ``prompt`` where they are not the right ones.
     """
     token = how["token"] if "token" in how else stage.token(version.tenant)
-    headers = {KEY_ID_HEADER: how.get("key_id") or version.key_id}
+    headers = {KEY_ID_HEADER: how.get("key_id") or version.require_key_id()}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
     body = {"prompt": how.get("prompt") or [1, 2, 3], "max_tokens": 1}
     url = f"{version.endpoint}/v1/completions"

@@ -126,7 +126,8 @@ def await_active(home: Home, url: str, tenants: tuple[str, ...], report: Report,
 
 def latest_operation(keys: KeyService, tenant: str) -> OperationRead | None:
     """The tenant's newest rotation."""
-    return max(everything(keys.list_operations, tenant), key=lambda one: one.version, default=None)
+    rotations = [one for one in everything(keys.list_operations, tenant) if one.kind == "rotate"]
+    return rotations[-1] if rotations else None
 
 
 def _check(tenant: str, operation: OperationRead | None) -> None:

@@ -15,10 +15,11 @@ from sqlmodel import select
 
 from anamorph.errors import SetupError
 from anamorph.wire.admin import Role
-from anamorph_keysvc import credentials
-from anamorph_keysvc.database import Database, check_schema, upgrade
+from anamorph_keysvc import credentials, schema
+from anamorph_keysvc.database import Database
+from anamorph_keysvc.scope import PLATFORM
 from anamorph_keysvc.service import tokens
-from anamorph_keysvc.service.work import Service, Work
+from anamorph_keysvc.service.work import Service
 from anamorph_keysvc.settings import Limits
 from anamorph_keysvc.tables import ApiKey
 from anamorph_keysvc.wrapper import KEY_BYTES, KeyWrapper, LocalWrapper, check_private
@@ -79,17 +80,21 @@ def init(home: Home, clock: Callable[[], datetime], entropy: Callable[[int], byt
                 f"{home.wrapping_key} is missing: restore it, the stored keys open with nothing else"
             )
         _create(home.wrapping_key, entropy(KEY_BYTES))
-        _create(home.platform_key, credentials.mint(credentials.API_KEY, entropy).encode())
+        create_platform_key(home.platform_key, entropy)
         _create(home.database, b"")  # SQLite's own files beside it take its permissions
         database = Database.sqlite(home.database)
         try:
-            upgrade(database)
+            schema.upgrade(database.engine)
             service = Service(database, LocalWrapper.load(home.wrapping_key), Limits(), clock, entropy)
-            with service.work(_INIT) as work:
-                tokens.ensure_signing_key(work)
-                _register_platform_key(work, home)
+            tokens.ensure_signing_key(service)
+            register_platform_key(service, home.platform_key)
         finally:
             database.close()
+
+
+def create_platform_key(path: Path, entropy: Callable[[int], bytes]) -> None:
+    """Draw the platform's API key into a private file, if there is none."""
+    _create(path, credentials.mint(credentials.API_KEY, entropy).encode())
 
 
 def _create(path: Path, content: bytes) -> None:
@@ -105,25 +110,26 @@ def _create(path: Path, content: bytes) -> None:
     draft.replace(path)
 
 
-def _register_platform_key(work: Work, home: Home) -> None:
+def register_platform_key(service: Service, path: Path) -> None:
     """Make the key in the file the platform's; a key from a lost file is revoked with that."""
-    check_private(home.platform_key)
-    hashed = credentials.hashed(home.platform_key.read_text().strip())
-    known = work.session.exec(select(ApiKey).where(ApiKey.role == Role.PLATFORM)).all()
-    for key in known:
-        if key.hash != hashed and key.revoked_at is None:
-            key.revoked_at = work.now
-            work.session.add(key)
-    if hashed not in {key.hash for key in known}:
-        work.session.add(
-            ApiKey(
-                id=work.fresh_id("key"),
-                name="platform-admin",
-                role=Role.PLATFORM,
-                hash=hashed,
-                created_at=work.now,
+    check_private(path)
+    hashed = credentials.hashed(path.read_text().strip())
+    with service.work(_INIT, PLATFORM) as work:
+        known = work.session.exec(select(ApiKey).where(ApiKey.role == Role.PLATFORM)).all()
+        for key in known:
+            if key.hash != hashed and key.revoked_at is None:
+                key.revoked_at = work.now
+                work.session.add(key)
+        if hashed not in {key.hash for key in known}:
+            work.session.add(
+                ApiKey(
+                    id=work.fresh_id("key"),
+                    name="platform-admin",
+                    role=Role.PLATFORM,
+                    hash=hashed,
+                    created_at=work.now,
+                )
             )
-        )
 
 
 def open_service(
@@ -142,5 +148,5 @@ def open_service(
             "production needs a key-management service: a wrapping key in a file is for one machine"
         )
     database = Database.sqlite(home.database)
-    check_schema(database)
+    schema.check(database.engine, remedy="anamorph-keysvc init")
     return Service(database, wrapper, Limits(), clock, entropy)

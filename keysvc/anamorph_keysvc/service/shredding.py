@@ -1,0 +1,247 @@
+"""Shredding: what a destroyed version's backups still hold is made useless.
+
+One KEK serves all versions of a tenant, so its old versions can only go when nothing
+that lives is wrapped under them any more. In this order (keyservice.md): rotate the KEK,
+rewrap all survivors, open each to verify, wait for a backup taken after that, then raise
+the floors and trim.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+
+from sqlmodel import Session, col, select
+
+from anamorph import errors
+from anamorph.keys import TenantKey
+from anamorph.wire.admin import OperationStatus
+from anamorph.wire.states import State
+from anamorph_keysvc import deadline
+from anamorph_keysvc.scope import WORKER
+from anamorph_keysvc.service import leases, lookup
+from anamorph_keysvc.service.work import Service, Work
+from anamorph_keysvc.tables import Backup, KeyVersion, Operation, Webhook
+from anamorph_keysvc.wrapper import Context, root_context, webhook_context
+
+ACTOR = "service"
+AWAIT_BACKUP = "await-backup"
+LONGEST_CLIENT_CACHE_S = 600
+_BATCH = 100
+_WAIT_S = 60
+_ATTEMPT_S = 60.0
+
+Wrapped = KeyVersion | Webhook
+
+
+def begin(work: Work, tenant: str) -> None:
+    """Ask for the shredding of a tenant's old KEK versions; one at a time, the rest goes with it."""
+    running = work.session.exec(
+        select(Operation).where(
+            Operation.tenant == tenant,
+            Operation.kind == "shred",
+            Operation.status == OperationStatus.RUNNING,
+        )
+    ).one_or_none()
+    if running is not None:
+        # What it has rewrapped so far may have been read before this destruction: from the start.
+        running.phase, running.floor, running.next_attempt_at = "rotate-kek", None, work.now
+        work.session.add(running)
+        return
+    operation = Operation(
+        id=work.fresh_id("op"),
+        kind="shred",
+        tenant=tenant,
+        status=OperationStatus.RUNNING,
+        phase="rotate-kek",
+        created_at=work.now,
+        updated_at=work.now,
+        next_attempt_at=work.now,
+    )
+    work.session.add(operation)
+    work.session.flush()
+
+
+def shred_due(service: Service) -> int:
+    """Take every shredding that is due as far as it goes now; answers how many there were."""
+    waiting = leases.due(service, "shred")
+    for operation in waiting:
+        with leases.leased(service, operation) as ours, deadline.within(_ATTEMPT_S):
+            if ours:
+                _go_on(service, operation)
+    return len(waiting)
+
+
+def _go_on(service: Service, operation: str) -> None:
+    steps = {"rotate-kek": _rotate, "rewrap": _rewrap, AWAIT_BACKUP: _await_backup, "trim": _trim}
+    while True:
+        with service.database.read(WORKER) as session:
+            row = session.get(Operation, operation)
+            kek = None if row is None else lookup.tenant(session, row.tenant).kek
+        if row is None or kek is None or row.status is not OperationStatus.RUNNING:
+            return
+        if not steps[row.phase](service, row, kek):
+            return
+
+
+def _rotate(service: Service, row: Operation, kek: str) -> bool:
+    if service.wrapper.newest(kek) == 0:
+        _advance(service, row, "trim", 0.9)  # nothing was ever wrapped: there is nothing to erase
+        return True
+    _advance(service, row, "rewrap", 0.2, floor=service.wrapper.rotate(kek))
+    return True
+
+
+def _rewrap(service: Service, row: Operation, kek: str) -> bool:
+    _rewrap_below(service, kek, row.tenant, row.floor or 0)
+    for survivor in _survivors(service, row.tenant):
+        _verify(service, kek, survivor)
+    _advance(service, row, AWAIT_BACKUP, 0.6)
+    return True
+
+
+def _rewrap_below(service: Service, kek: str, tenant: str, floor: int) -> int:
+    done = 0
+    while rows := _below(service, tenant, floor):
+        rewrap_rows(service, kek, rows)
+        done += len(rows)
+    return done
+
+
+def rewrap_rows(service: Service, kek: str, rows: list[Wrapped]) -> None:
+    """Store each row's secret under the newest version of the KEK, if nobody changed it meanwhile."""
+    old = [(row.ciphertext or b"", context_of(row)) for row in rows]
+    new = service.wrapper.rewrap(kek, old)
+    for row, (before, _), after in zip(rows, old, new, strict=True):
+        with service.database.write(WORKER) as session:
+            current = _again(session, row)
+            if current is not None and current.ciphertext == before:
+                current.ciphertext, current.kek_version = after, service.wrapper.kek_version(after)
+                if isinstance(current, KeyVersion):
+                    current.row_version += 1
+                    current.updated_at = service.clock()
+                session.add(current)
+
+
+def _verify(service: Service, kek: str, row: Wrapped) -> None:
+    """Open a survivor's root: only then may the version of the KEK that it was under before go.
+
+    Raises:
+        KeyMismatch: it is not the row's. Nothing is erased then.
+    """
+    secret = service.wrapper.unwrap(kek, row.ciphertext or b"", context_of(row))
+    if isinstance(row, KeyVersion):
+        key = TenantKey.from_root(secret, row.tenant, row.model, row.version)
+        if not hmac.compare_digest(key.id, row.key_id or ""):
+            raise errors.KeyMismatch(f"the stored root is not the one of {row.key_id}")
+
+
+def _await_backup(service: Service, row: Operation, kek: str) -> bool:  # noqa: ARG001 -- one signature
+    with service.database.read(WORKER) as session:
+        newest = session.exec(select(Backup.taken_at).order_by(col(Backup.taken_at).desc()).limit(1)).first()
+    if newest is None or newest <= row.updated_at:
+        _advance(service, row, AWAIT_BACKUP, 0.6, wait=True)
+        return False
+    _advance(service, row, "trim", 0.9)
+    return True
+
+
+def _trim(service: Service, row: Operation, kek: str) -> bool:
+    if row.floor is not None:
+        if _below(service, row.tenant, row.floor):
+            _advance(service, row, "rewrap", 0.2, floor=row.floor)
+            return True
+        service.wrapper.shred(kek, row.floor)
+    with service.work(ACTOR, WORKER) as work:
+        current = lookup.operation(work.session, row.tenant, row.id)
+        current.status, current.phase, current.progress = OperationStatus.SUCCEEDED, "succeeded", 1.0
+        current.updated_at, current.next_attempt_at = work.now, None
+        work.session.add(current)
+        if row.floor is not None and row.floor > 1:
+            _complete(work, row)
+    return False
+
+
+def _complete(work: Work, row: Operation) -> None:
+    """Note on what was destroyed before the shredding that no backup opens it any more."""
+    sure = work.now + timedelta(seconds=LONGEST_CLIENT_CACHE_S)
+    for version in work.session.exec(
+        select(KeyVersion).where(KeyVersion.tenant == row.tenant, KeyVersion.state == State.DESTROYED)
+    ):
+        if _still_open(version, sure):
+            version.destroy_complete_after = sure
+            version.row_version += 1
+            version.updated_at = work.now
+            work.session.add(version)
+    work.record(row.tenant, "shred", "kek", floor=row.floor)
+
+
+def _still_open(version: KeyVersion, sure: datetime) -> bool:
+    return version.destroy_complete_after is not None and version.destroy_complete_after > sure
+
+
+def _advance(
+    service: Service,
+    row: Operation,
+    phase: str,
+    progress: float,
+    *,
+    floor: int | None = None,
+    wait: bool = False,
+) -> None:
+    with service.database.write(WORKER) as session:
+        current = lookup.operation(session, row.tenant, row.id)
+        if current.phase != row.phase or current.floor != row.floor:
+            return  # another destruction has sent it back to the start
+        if not wait:
+            current.updated_at = service.clock()
+        current.phase, current.progress = phase, progress
+        current.floor = floor if floor is not None else current.floor
+        if wait:
+            current.next_attempt_at = service.clock() + timedelta(seconds=_WAIT_S)
+        session.add(current)
+
+
+def _survivors(service: Service, tenant: str) -> Iterator[Wrapped]:
+    with service.database.read(WORKER) as session:
+        versions = session.exec(
+            select(KeyVersion).where(KeyVersion.tenant == tenant, col(KeyVersion.ciphertext).is_not(None))
+        ).all()
+        webhooks = session.exec(select(Webhook).where(Webhook.tenant == tenant)).all()
+    yield from versions
+    yield from webhooks
+
+
+def _below(service: Service, tenant: str, floor: int) -> list[Wrapped]:
+    with service.database.read(WORKER) as session:
+        old = col(KeyVersion.kek_version) < floor
+        versions = session.exec(select(KeyVersion).where(KeyVersion.tenant == tenant, old).limit(_BATCH))
+        if found := versions.all():
+            return list(found)
+        older = col(Webhook.kek_version) < floor
+        webhooks = session.exec(select(Webhook).where(Webhook.tenant == tenant, older).limit(_BATCH))
+        return list(webhooks.all())
+
+
+def rewrap_old(service: Service, tenant: str) -> int:
+    """Rewrap what lies under an older version of a tenant's KEK; answers how many rows.
+
+    The KEK rotates by itself in the key-management service; nothing stops working for it.
+    """
+    with service.database.read(WORKER) as session:
+        kek = lookup.tenant(session, tenant).kek
+    return _rewrap_below(service, kek, tenant, service.wrapper.newest(kek))
+
+
+def context_of(row: Wrapped) -> Context:
+    """The context that a row's secret is wrapped under."""
+    if isinstance(row, Webhook):
+        return webhook_context(row.tenant, row.id)
+    return root_context(row.tenant, row.model, row.version)
+
+
+def _again(session: Session, row: Wrapped) -> Wrapped | None:
+    if isinstance(row, Webhook):
+        return session.get(Webhook, row.id, with_for_update=True)
+    return session.get(KeyVersion, (row.tenant, row.model, row.version), with_for_update=True)

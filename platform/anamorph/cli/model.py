@@ -1,0 +1,87 @@
+"""``anamorph model``: the models that a tenant has registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from anamorph.cli.admin import Connection, Model, Tenant, connected
+from anamorph.cli.output import AsJson, show_record, show_records
+from anamorph.wire.admin import ModelCreate
+from anamorph.wire.keyservice import everything
+
+app = typer.Typer(help="Models that a tenant has registered.", no_args_is_help=True)
+
+TokenizerFolder = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", help="Folder of the tokenizer; clients refuse any other from then on."),
+]
+
+
+@app.command()
+@connected
+def create(
+    connection: Connection,
+    tenant: Tenant,
+    model: Model,
+    base: Annotated[
+        str, typer.Option(help="Folder of the plaintext checkpoint, or hf://org/name[@revision].")
+    ],
+    vocab_size: Annotated[int, typer.Option(min=2, help="Rows of the embedding.")],
+    context_length: Annotated[int, typer.Option(min=1, help="Most tokens of prompt and answer together.")],
+    profile: Annotated[str, typer.Option(help="rotate or permute.")] = "rotate",
+    engine: Annotated[str, typer.Option(help="torch or fake.")] = "torch",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    tokenizer: TokenizerFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register a model, with the default rotation policy; `anamorph policy set` changes that."""
+    fields = {"id": model, "base": base, "vocab_size": vocab_size, "context_length": context_length}
+    chosen = {"profile": profile, "engine": engine, "dtype": dtype}
+    body = _checked(fields | chosen | _digests(tokenizer))
+    with connection.keys(tenant, look=f"anamorph model list {tenant}") as keys:
+        show_record(keys.create_model(tenant, body), as_json=as_json)
+
+
+def _checked(fields: dict[str, Any]) -> ModelCreate:
+    try:
+        return ModelCreate.model_validate(fields)
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        raise typer.BadParameter(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _digests(tokenizer: Path | None) -> dict[str, str | None]:
+    if tokenizer is None:
+        return {}
+    from anamorph.client.tokenizer import chat_template_digest, tokenizer_digest
+
+    return {
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+        "chat_template_digest": chat_template_digest(tokenizer),
+    }
+
+
+@app.command("list")
+@connected
+def list_models(connection: Connection, tenant: Tenant, as_json: AsJson = False) -> None:
+    """List a tenant's models."""
+    with connection.keys(tenant, look="anamorph tenant list") as keys:
+        show_records(
+            f"Models of {tenant}",
+            everything(keys.list_models, tenant),
+            ("id", "base", "profile", "engine", "dtype", "vocab_size", "context_length", "created_at"),
+            as_json=as_json,
+            empty=f"no models yet; register one: anamorph model create {tenant} MODEL --base FOLDER …",
+        )
+
+
+@app.command("show")
+@connected
+def show_model(connection: Connection, tenant: Tenant, model: Model, as_json: AsJson = False) -> None:
+    """Show one model and its rotation policy."""
+    with connection.keys(tenant, look=f"anamorph model list {tenant}") as keys:
+        show_record(keys.get_model(tenant, model), as_json=as_json)

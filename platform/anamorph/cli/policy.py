@@ -1,0 +1,73 @@
+"""``anamorph policy``: when a model's keys are rotated, and how long old ones linger."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from anamorph.cli.admin import Connection, Model, Tenant, connected
+from anamorph.cli.output import AsJson, show_record
+from anamorph.wire.admin import RotationPolicyPatch
+
+app = typer.Typer(help="When keys are rotated, and how long old ones linger.", no_args_is_help=True)
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(?P<count>\d{1,12})(?P<unit>[smhd]?)")
+OFF = "off"
+
+
+@app.command("show")
+@connected
+def show_policy(connection: Connection, tenant: Tenant, model: Model, as_json: AsJson = False) -> None:
+    """Show a model's rotation policy; durations are in seconds."""
+    with connection.keys(tenant, look=f"anamorph model list {tenant}") as keys:
+        show_record(keys.get_policy(tenant, model), as_json=as_json)
+
+
+@app.command("set")
+@connected
+def set_policy(
+    connection: Connection,
+    tenant: Tenant,
+    model: Model,
+    changes: Annotated[
+        list[str], typer.Argument(metavar="NAME=VALUE…", help="period_s=30d token_budget=off grace_s=20m …")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Change fields of a rotation policy: to a number, a duration such as 90s, 15m, 12h, 30d, or off."""
+    patch = patch_of(changes)
+    with connection.keys(tenant, look=f"anamorph policy show {tenant} {model}") as keys:
+        show_record(keys.update_policy(tenant, model, patch), as_json=as_json)
+
+
+def patch_of(changes: list[str]) -> RotationPolicyPatch:
+    """The message for ``NAME=VALUE`` arguments.
+
+    Raises:
+        typer.BadParameter: an unknown name, one given twice, or a value that is none.
+    """
+    fields: dict[str, Any] = {}
+    for change in changes:
+        name, separator, value = change.partition("=")
+        if not separator or name not in RotationPolicyPatch.model_fields or name in fields:
+            known = ", ".join(RotationPolicyPatch.model_fields)
+            raise typer.BadParameter(f"{change!r}: write NAME=VALUE, each name once, of {known}")
+        fields[name] = _value(name, value)
+    try:
+        return RotationPolicyPatch.model_validate(fields)
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        raise typer.BadParameter(f"{first['loc'][0]}: {first['msg']}") from None
+
+
+def _value(name: str, text: str) -> Any:
+    if text == OFF:
+        return None
+    found = _DURATION.fullmatch(text)
+    if not name.endswith("_s") or found is None:
+        return text  # the message's own check says what is wrong with it
+    return int(found["count"]) * _UNITS[found["unit"]]

@@ -1,0 +1,69 @@
+"""Real servers that tests of several folders share: each started when first asked for, and always stopped.
+
+One of each per test process: with pytest-xdist each worker has its own, on ports and in folders of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# Imported where they are started: most runs of tests need none, nor the packages behind them.
+if TYPE_CHECKING:
+    from tests.servers.postgres import PostgresServer
+    from tests.servers.production import Production
+    from tests.servers.proxies import Toxiproxy
+    from tests.servers.vault import VaultServer
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """PostgreSQL; a test makes databases of its own, by ``fresh`` or ``clone``, and leaves it running."""
+    from tests.servers.postgres import running_postgres
+
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def vault_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VaultServer]:
+    """Vault on raft storage with TLS and an audit device, unsealed; a test leaves it so."""
+    from tests.servers.vault import running_vault
+
+    with running_vault(tmp_path_factory.mktemp("vault")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def toxiproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toxiproxy]:
+    """A TCP fault proxy, by which a test makes as many faulty ports as it needs."""
+    from tests.servers.proxies import running_toxiproxy
+
+    with running_toxiproxy(tmp_path_factory.mktemp("toxiproxy")) as server:
+        yield server
+
+
+@pytest.fixture
+def production(
+    postgres_server: PostgresServer, vault_server: VaultServer, tmp_path: Path
+) -> Iterator[Production]:
+    """The key service with PostgreSQL and Vault, set up by its own commands; no process runs yet."""
+    from tests.servers.production import running_production
+
+    with running_production(tmp_path, postgres_server, vault_server) as made:
+        yield made
+
+
+# These measure time and memory, count processes, or start Ray: not two at once on two cores.
+ALONE = ("checkpoint", "cli", "client", "docs", "pipeline", "serve", "system")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow and real tests of some folders get the machine to themselves."""
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if marks & {"slow", "real"} and item.path.parent.name in ALONE:
+            item.add_marker(pytest.mark.alone)

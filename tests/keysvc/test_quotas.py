@@ -1,0 +1,122 @@
+"""How many objects a tenant may have, who decides it, and what counts."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from anamorph import errors
+from anamorph.wire.admin import ApiKeyCreate, ModelCreate, Role, TenantQuota, TenantQuotaPatch
+from anamorph_keysvc.service import lifecycle, quotas, tenants
+
+if TYPE_CHECKING:
+    from tests.keysvc.conftest import World
+
+AT = ("acme", "chat")
+
+
+def model(number: int) -> ModelCreate:
+    return ModelCreate(id=f"m{number}", base="b", vocab_size=9, context_length=9)
+
+
+def refused(world: World, act: object, *args: object) -> str | None:
+    with pytest.raises(errors.Conflict) as caught:
+        world.do(act, *args)  # type: ignore[arg-type]
+    return caught.value.code
+
+
+async def test_the_platform_sets_quotas_and_the_tenant_reads_them(world: World) -> None:
+    """What is not set has its default; null goes back to it."""
+    world.model()
+    async with world.client(Role.PLATFORM) as keys, world.client(Role.ADMIN) as admin:
+        assert await keys.get_quota("acme") == TenantQuota()
+        changed = await keys.update_quota("acme", TenantQuotaPatch(models=3, webhooks=0))
+        assert changed == TenantQuota(models=3, webhooks=0)
+        assert await admin.get_quota("acme") == changed
+        back = await keys.update_quota("acme", TenantQuotaPatch(models=None))
+        assert back == TenantQuota(webhooks=0)
+        with pytest.raises(errors.Forbidden):
+            await admin.update_quota("acme", TenantQuotaPatch(models=1000))
+        with pytest.raises(errors.NotFound):
+            await keys.update_quota("nobody", TenantQuotaPatch(models=1))
+
+
+@pytest.mark.parametrize("number", [-1, 10**9])
+def test_a_quota_outside_its_bounds_is_refused(world: World, number: int) -> None:
+    """And the old one stays."""
+    world.model()
+    with pytest.raises(errors.Unprocessable) as caught:
+        world.do(quotas.update, "acme", TenantQuotaPatch(models=number))
+    assert (caught.value.code, caught.value.param) == ("invalid_quota", "models")
+    world.do(tenants.create_model, "acme", model(1))
+
+
+def test_a_model_too_many_leaves_no_trace(world: World) -> None:
+    """Neither the model nor a row of the audit log."""
+    world.model()
+    world.do(quotas.update, "acme", TenantQuotaPatch(models=2))
+    world.do(tenants.create_model, "acme", model(1))
+    assert refused(world, tenants.create_model, "acme", model(2)) == "quota_exceeded"
+    world.do(quotas.update, "acme", TenantQuotaPatch(models=3))
+    world.do(tenants.create_model, "acme", model(2))
+
+
+def test_a_lower_quota_takes_nothing_away(world: World) -> None:
+    """What is over it stays; there is just no more."""
+    world.model()
+    world.do(quotas.update, "acme", TenantQuotaPatch(models=0))
+    assert world.rotate() == 1
+    assert refused(world, tenants.create_model, "acme", model(1)) == "quota_exceeded"
+
+
+def test_a_revoked_key_makes_room(world: World) -> None:
+    """Revoked keys stay in the list for ever and do not count."""
+    world.model()
+    world.do(quotas.update, "acme", TenantQuotaPatch(api_keys=1))
+    body = ApiKeyCreate(name="n", role=Role.CLIENT)
+    made = world.do(tenants.create_api_key, "acme", body)
+    assert refused(world, tenants.create_api_key, "acme", body) == "quota_exceeded"
+    world.do(tenants.revoke_api_key, "acme", made.id)
+    world.do(tenants.create_api_key, "acme", body)
+
+
+def test_versions_count_until_they_are_to_be_destroyed(world: World) -> None:
+    """Retired ones too: only their destruction makes room."""
+    world.model()
+    world.do(quotas.update, "acme", TenantQuotaPatch(versions=2))
+    first = world.active()
+    world.active()
+    world.clock.advance(100)
+    world.do(lifecycle.retire, *AT, first, None)
+    with pytest.raises(errors.Conflict) as caught:
+        world.rotate()
+    assert caught.value.code == "quota_exceeded"
+    world.do(lifecycle.destroy, *AT, first, None)
+    assert world.rotate() == 3
+
+
+def test_tenants_do_not_share_a_quota(world: World) -> None:
+    """Each has its own."""
+    world.model()
+    world.model("globex")
+    world.do(quotas.update, "acme", TenantQuotaPatch(models=1))
+    assert refused(world, tenants.create_model, "acme", model(1)) == "quota_exceeded"
+    world.do(tenants.create_model, "globex", model(1))
+
+
+def test_many_at_once_get_exactly_the_quota(world: World) -> None:
+    """Two cannot both take the last place."""
+    world.model()
+    world.do(quotas.update, "acme", TenantQuotaPatch(models=5))
+
+    def create(number: int) -> bool:
+        try:
+            world.do(tenants.create_model, "acme", model(number))
+        except errors.Conflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(create, range(16))) == 4
