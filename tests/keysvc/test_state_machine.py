@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -89,6 +90,7 @@ class KeyLife(RuleBasedStateMachine):
 
     opened: Callable[[Home], World]
     template: Home
+    calls: Counter[str]
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,6 +141,7 @@ class KeyLife(RuleBasedStateMachine):
 
     @rule(call=st.sampled_from(CALLS), choice=CHOICE)
     def call(self, call: str, choice: int) -> None:
+        self.calls[call] += 1
         getattr(self, call)(choice)
 
     def rotate(self, _choice: int = 0) -> None:
@@ -366,18 +369,35 @@ class KeyLife(RuleBasedStateMachine):
         assert first_break(rows, tenant="acme") is None
 
 
-def test_any_sequence_of_calls_keeps_the_invariants(
-    template: Home, open_homes: Callable[[Home], World]
-) -> None:
-    """Whatever is called in whatever order: same answers as the model, and every invariant holds."""
-    machine = type("Machine", (KeyLife,), {"template": template, "opened": staticmethod(open_homes)})
+def explore(template: Home, opened: Callable[[Home], World], examples: int) -> int:
+    """Live through so many lives of sixty calls each; how many calls were made."""
+    calls: Counter[str] = Counter()
+    machine = type(
+        "Machine", (KeyLife,), {"template": template, "opened": staticmethod(opened), "calls": calls}
+    )
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=12,
+            max_examples=examples,
             stateful_step_count=60,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             derandomize=True,
         ),
     )
+    assert set(calls) == set(CALLS)
+    return calls.total()
+
+
+def test_any_sequence_of_calls_keeps_the_invariants(
+    template: Home, open_homes: Callable[[Home], World]
+) -> None:
+    """Whatever is called in whatever order: same answers as the model, and every invariant holds."""
+    explore(template, open_homes, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_thousand_calls_keep_the_invariants(template: Home, open_homes: Callable[[Home], World]) -> None:
+    """The same at length."""
+    assert explore(template, open_homes, 200) >= 10_000

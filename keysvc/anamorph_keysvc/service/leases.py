@@ -42,13 +42,13 @@ def due(service: Service, kind: str, *, most: int = 50) -> list[str]:
 
 
 @contextmanager
-def leased(service: Service, operation: str) -> Iterator[bool]:
-    """Whether this process has the operation for the block.
+def leased(service: Service, operation: str, seconds: float = LEASE_S) -> Iterator[bool]:
+    """Whether this process has the operation for the block, which takes ``seconds`` at most.
 
     What the block cannot do now (``Unavailable``) is tried again later, here or elsewhere,
     and any other error as well: the lease ends with a backoff, and the error goes on.
     """
-    if not _take(service, operation):
+    if not _take(service, operation, seconds):
         yield False
         return
     try:
@@ -59,7 +59,7 @@ def leased(service: Service, operation: str) -> Iterator[bool]:
     _give_back(service, operation, failed=False, reason=None)
 
 
-def _take(service: Service, operation: str) -> bool:
+def _take(service: Service, operation: str, seconds: float) -> bool:
     with service.database.write(WORKER) as session:
         now = service.clock()
         statement = (
@@ -70,7 +70,7 @@ def _take(service: Service, operation: str) -> bool:
                 col(Operation.next_attempt_at) <= now,
                 or_(col(Operation.leased_until).is_(None), col(Operation.leased_until) < now),
             )
-            .values(leased_by=service.name, leased_until=now + timedelta(seconds=LEASE_S))
+            .values(leased_by=service.name, leased_until=now + timedelta(seconds=seconds))
             .execution_options(synchronize_session=False)
         )
         return bool(session.exec(statement).rowcount == 1)

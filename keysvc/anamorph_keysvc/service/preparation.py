@@ -34,6 +34,10 @@ def prepare_due(service: Service) -> int:
         Unavailable: the database or the key-management service does not answer.
     """
     waiting = leases.due(service, "rotate")
+    if waiting:
+        # A process that is cut off leaves them to others, and does not lengthen their backoff.
+        with deadline.within(_ATTEMPT_S):
+            service.wrapper.check()
     for operation in waiting:
         with deadline.within(_ATTEMPT_S + leases.GIVE_BACK_S):
             prepare(service, operation)

@@ -31,6 +31,7 @@ LONGEST_CLIENT_CACHE_S = 600
 _BATCH = 100
 _WAIT_S = 60
 _ATTEMPT_S = 60.0
+_LEASE_S = 90.0
 
 Wrapped = KeyVersion | Webhook
 
@@ -66,8 +67,12 @@ def begin(work: Work, tenant: str) -> None:
 def shred_due(service: Service) -> int:
     """Take every shredding that is due as far as it goes now; answers how many there were."""
     waiting = leases.due(service, "shred")
+    if waiting:
+        # As for rotations: whoever is cut off leaves it to others.
+        with deadline.within(_ATTEMPT_S):
+            service.wrapper.check()
     for operation in waiting:
-        with leases.leased(service, operation) as ours, deadline.within(_ATTEMPT_S):
+        with leases.leased(service, operation, _LEASE_S) as ours, deadline.within(_ATTEMPT_S):
             if ours:
                 _go_on(service, operation)
     return len(waiting)

@@ -72,7 +72,7 @@ def test_faults_leak_nothing(site: Site, owner: Owner, record_property: Record) 
     for _ in range(1 + ROUNDS):
         suffer(owner, version)
         seen.append(site.held())
-    record_property("held", seen)
+    record_property("held", str(seen))
     first, last = seen[0], seen[-1]
     assert last.threads <= first.threads + SLACK
     assert last.other_descriptors <= first.other_descriptors + SLACK

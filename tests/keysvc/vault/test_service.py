@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import permutations
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from sqlmodel import select
+from tests.keysvc.test_state_machine import explore
+from tests.servers.process import free_port
+from tests.servers.proxies import StatusProxy
 
 from anamorph import errors
-from anamorph.wire.admin import BackupCreate, OperationStatus
+from anamorph.wire.admin import BackupCreate, OperationStatus, Role
 from anamorph.wire.states import State
+from anamorph_keysvc.app import build_app
 from anamorph_keysvc.roots import RootCache
 from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service import backups, lifecycle, lookup, preparation, rotation, shredding
 from anamorph_keysvc.service.rewrapping import Rewrapper
 from anamorph_keysvc.tables import KeyVersion, Operation
+from anamorph_keysvc.vault.wrapper import VaultTransitWrapper
 from anamorph_keysvc.wrapper import root_context
 
 if TYPE_CHECKING:
     from tests.keysvc.conftest import World
+    from tests.keysvc.vault.conftest import Place
     from tests.servers.vault import VaultServer
 
-    from anamorph_keysvc.vault.wrapper import VaultTransitWrapper
+    from anamorph_keysvc.homes import Home
+
 
 pytestmark = pytest.mark.real
 
@@ -35,6 +44,19 @@ def world(world: World, wrapper: VaultTransitWrapper) -> World:
     """A service whose every root is opened by Vault each time: nothing is kept."""
     world.service = replace(world.service, wrapper=wrapper, roots=RootCache(most=1, longest_s=0))
     return world
+
+
+def test_any_sequence_of_calls_keeps_the_invariants_on_vault(
+    template: Home, open_homes: Callable[[Home], World], wrapper: VaultTransitWrapper
+) -> None:
+    """The state machine of the suite, every root wrapped and opened by Vault."""
+
+    def opened(home: Home) -> World:
+        world = open_homes(home)
+        world.service = replace(world.service, wrapper=wrapper)
+        return world
+
+    explore(template, opened, 6)
 
 
 def version_of(world: World, number: int, model: str = "chat") -> KeyVersion:
@@ -201,6 +223,18 @@ def test_a_rotation_waits_for_a_sealed_vault_and_then_goes_on(
     world.grant(operation.version)
 
 
+def test_a_process_that_is_cut_off_leaves_the_work_to_others(world: World, place: Place) -> None:
+    """It takes no lease and lengthens no backoff: whoever reaches Vault goes on at once."""
+    world.model()
+    operation = world.do(rotation.rotate, "acme", "chat")
+    cut_off = VaultTransitWrapper(place.open(address=f"https://127.0.0.1:{free_port()}", deadline_s=0.5))
+    for _ in range(5):
+        with pytest.raises(errors.Unavailable):
+            preparation.prepare_due(replace(world.service, wrapper=cut_off, name="cut-off"))
+    assert preparation.prepare_due(world.service) == 1
+    assert version_of(world, operation.version).key_id is not None
+
+
 def test_one_of_many_workers_prepares_a_version(world: World) -> None:
     """A lease: the others find nothing to do, and exactly one root was ever drawn for it."""
     world.model()
@@ -211,3 +245,64 @@ def test_one_of_many_workers_prepares_a_version(world: World) -> None:
     prepared = [row for row in world.sql("SELECT action FROM audit") if row[0] == "prepare"]
     assert len(prepared) == 1
     assert world.release_to_job(world.holder(world.grant(operation.version)), "acme", "chat", 1).secret
+
+
+# Ids as they stand in a path: what climbs, what hides a slash, what Vault's policies would expand.
+HOSTILE = (
+    "..",
+    "../decrypt/other",
+    "%2e%2e",
+    "%2e%2e%2fdecrypt%2fother",
+    "a%2fb",
+    "*",
+    "+",
+    "keys%2f+",
+    "\u00e4",
+    "%c3%a4%00",
+    "a b",
+    "-a",
+    "x" * 10_000,
+)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda value: value[:12])
+async def test_no_hostile_id_reaches_vault(world: World, place: Place, hostile: str) -> None:
+    """In every place of every path: refused by us, and Vault is not asked for anything."""
+    world.model()
+    version = world.active()
+    server = place.server
+    with StatusProxy(server.url, authority=server.ca_file, certificate=server.certificate) as proxy:
+        vault = place.open(address=proxy.url)
+        wrapper = VaultTransitWrapper(vault)
+        wrapper.check()
+        asking = replace(world.service, wrapper=wrapper)
+        app = build_app(asking, world.measured)
+        proxy.heal()
+        for path in paths(hostile, version):
+            for role in (Role.PLATFORM, Role.ADMIN):
+                async with httpx.AsyncClient(
+                    transport=httpx.ASGITransport(app, raise_app_exceptions=False),
+                    base_url="http://keysvc",
+                    headers={"Authorization": f"Bearer {world.secret(role)}"},
+                ) as http:
+                    for method in ("GET", "POST", "DELETE"):
+                        answer = await http.request(method, path, json={"purpose": "client", "id": hostile})
+                        assert 400 <= answer.status_code < 500, (method, path[:80], answer.status_code)
+        assert [(arrival.method, arrival.path) for arrival in proxy.arrived] == []
+        vault.close()
+
+
+def paths(hostile: str, version: int) -> list[str]:
+    """Every route that leads to a KEK, with the id in each of its places."""
+    model = f"/v1/tenants/acme/models/{hostile}"
+    return [
+        f"/v1/tenants/{hostile}",
+        f"/v1/tenants/{hostile}/models/chat/keys:rotate",
+        f"/v1/tenants/{hostile}/models/chat/keys/{version}:release",
+        f"/v1/tenants/{hostile}/webhooks",
+        f"{model}/keys:rotate",
+        f"{model}/keys/{version}:release",
+        f"/v1/tenants/acme/models/chat/keys/{hostile}:release",
+        f"/v1/tenants/acme/operations/{hostile}:cancel",
+        f"/v1/tenants/acme/webhooks/{hostile}:test",
+    ]
