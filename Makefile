@@ -65,7 +65,7 @@ format: $(READY)  ## rewrite sources as lint wants them
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## the benchmarks, one after the other
-	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(WITH_SERVERS) $(BIN)/python "$$file" $(ARGS); done
 
 docs: $(READY)  ## the documentation as a site, in build/docs; fails on a dead link
 	$(BIN)/python -m anamorph_keysvc.reference docs/api.md

@@ -42,13 +42,13 @@ def due(service: Service, kind: str, *, most: int = 50) -> list[str]:
 
 
 @contextmanager
-def leased(service: Service, operation: str, seconds: float = LEASE_S) -> Iterator[bool]:
-    """Whether this process has the operation for the block, which takes ``seconds`` at most.
+def leased(service: Service, operation: str) -> Iterator[bool]:
+    """Whether this process has the operation for the block, which ``extend``s the lease if it is long.
 
     What the block cannot do now (``Unavailable``) is tried again later, here or elsewhere,
     and any other error as well: the lease ends with a backoff, and the error goes on.
     """
-    if not _take(service, operation, seconds):
+    if not _take(service, operation):
         yield False
         return
     try:
@@ -59,7 +59,24 @@ def leased(service: Service, operation: str, seconds: float = LEASE_S) -> Iterat
     _give_back(service, operation, failed=False, reason=None)
 
 
-def _take(service: Service, operation: str, seconds: float) -> bool:
+def extend(service: Service, operation: str) -> None:
+    """Begin the lease anew: for work that is longer than one, after each part of it.
+
+    Raises:
+        Conflict: it ran out, and another process has the operation.
+    """
+    with service.database.write(WORKER) as session:
+        statement = (
+            update(Operation)
+            .where(col(Operation.id) == operation, col(Operation.leased_by) == service.name)
+            .values(leased_until=service.clock() + timedelta(seconds=LEASE_S))
+            .execution_options(synchronize_session=False)
+        )
+        if session.exec(statement).rowcount != 1:
+            raise errors.Conflict("another process works on this operation by now", code="lease_lost")
+
+
+def _take(service: Service, operation: str) -> bool:
     with service.database.write(WORKER) as session:
         now = service.clock()
         statement = (
@@ -70,7 +87,7 @@ def _take(service: Service, operation: str, seconds: float) -> bool:
                 col(Operation.next_attempt_at) <= now,
                 or_(col(Operation.leased_until).is_(None), col(Operation.leased_until) < now),
             )
-            .values(leased_by=service.name, leased_until=now + timedelta(seconds=seconds))
+            .values(leased_by=service.name, leased_until=now + timedelta(seconds=LEASE_S))
             .execution_options(synchronize_session=False)
         )
         return bool(session.exec(statement).rowcount == 1)

@@ -31,7 +31,6 @@ LONGEST_CLIENT_CACHE_S = 600
 _BATCH = 100
 _WAIT_S = 60
 _ATTEMPT_S = 60.0
-_LEASE_S = 90.0
 
 Wrapped = KeyVersion | Webhook
 
@@ -72,7 +71,7 @@ def shred_due(service: Service) -> int:
         with deadline.within(_ATTEMPT_S):
             service.wrapper.check()
     for operation in waiting:
-        with leases.leased(service, operation, _LEASE_S) as ours, deadline.within(_ATTEMPT_S):
+        with leases.leased(service, operation) as ours, deadline.within(_ATTEMPT_S):
             if ours:
                 _go_on(service, operation)
     return len(waiting)
@@ -99,19 +98,15 @@ def _rotate(service: Service, row: Operation, kek: str) -> bool:
 
 
 def _rewrap(service: Service, row: Operation, kek: str) -> bool:
-    _rewrap_below(service, kek, row.tenant, row.floor or 0)
-    for survivor in _survivors(service, row.tenant):
+    while rows := _below(service, row.tenant, row.floor or 0):
+        rewrap_rows(service, kek, rows)
+        leases.extend(service, row.id)
+    for number, survivor in enumerate(_survivors(service, row.tenant)):
         _verify(service, kek, survivor)
+        if number % _BATCH == 0:
+            leases.extend(service, row.id)
     _advance(service, row, AWAIT_BACKUP, 0.6)
     return True
-
-
-def _rewrap_below(service: Service, kek: str, tenant: str, floor: int) -> int:
-    done = 0
-    while rows := _below(service, tenant, floor):
-        rewrap_rows(service, kek, rows)
-        done += len(rows)
-    return done
 
 
 def rewrap_rows(service: Service, kek: str, rows: list[Wrapped]) -> None:
@@ -236,7 +231,11 @@ def rewrap_old(service: Service, tenant: str) -> int:
     """
     with service.database.read(WORKER) as session:
         kek = lookup.tenant(session, tenant).kek
-    return _rewrap_below(service, kek, tenant, service.wrapper.newest(kek))
+    newest, done = service.wrapper.newest(kek), 0
+    while rows := _below(service, tenant, newest):
+        rewrap_rows(service, kek, rows)
+        done += len(rows)
+    return done
 
 
 def context_of(row: Wrapped) -> Context:
