@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -68,6 +69,9 @@ def _value(name: str, text: str) -> Any:
     if text == OFF:
         return None
     found = _DURATION.fullmatch(text)
-    if not name.endswith("_s") or found is None:
-        return text  # the message's own check says what is wrong with it
-    return int(found["count"]) * _UNITS[found["unit"]]
+    if name.endswith("_s") and found is not None:
+        return int(found["count"]) * _UNITS[found["unit"]]
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text  # the message's own check says what is wrong with it
