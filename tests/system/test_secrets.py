@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,4 +140,5 @@ def keysvc_routes(home: Path) -> Iterator[tuple[str, str]]:
     for path, methods in schema["paths"].items():
         if path not in PUBLIC:
             filled = path.replace("{tenant}", "acme").replace("{model}", MODEL).replace("{version}", "1")
+            filled = re.sub(r"{\w+}", "id_1", filled)
             yield from ((method.upper(), filled) for method in methods)
