@@ -9,12 +9,11 @@ address = "https://vault.internal:8200"
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from anamorph.errors import SetupError
+from anamorph_keysvc import toml
 from anamorph_keysvc.identity.settings import IdentitySettings
 from anamorph_keysvc.settings import Limits
 from anamorph_keysvc.vault.settings import VaultSettings
@@ -69,13 +68,4 @@ def load(path: Path) -> ServiceConfig:
     Raises:
         SetupError: no such file, no TOML, or not this configuration; what the file holds is not repeated.
     """
-    try:
-        return ServiceConfig.model_validate(tomllib.loads(path.read_text()))
-    except OSError as error:
-        raise SetupError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SetupError(f"{path} is no TOML: {error}") from None
-    except ValidationError as error:
-        faults = error.errors(include_url=False, include_input=False, include_context=False)
-        said = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
-        raise SetupError(f"{path} does not fit: {said}") from None
+    return toml.read(path, ServiceConfig)

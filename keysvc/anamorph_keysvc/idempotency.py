@@ -23,7 +23,7 @@ from sqlmodel import col
 
 from anamorph import errors
 from anamorph_keysvc.scope import WORKER
-from anamorph_keysvc.service.work import Service, Work
+from anamorph_keysvc.service.work import ACTOR, Service, Work
 from anamorph_keysvc.tables import Answer
 
 T = TypeVar("T", bound=BaseModel)
@@ -108,6 +108,6 @@ def once(work: Work, key: str, request_digest: str, answer: type[T], action: Cal
 
 def forget_old(service: Service) -> None:
     """Delete stored answers past their time."""
-    with service.work("service", WORKER) as work:
+    with service.work(ACTOR, WORKER) as work:
         oldest = work.now - timedelta(seconds=service.limits.idempotency_ttl_s)
         work.session.exec(delete(Answer).where(col(Answer.created_at) < oldest))

@@ -12,6 +12,7 @@ from sqlmodel import col, select
 
 from anamorph import errors
 from anamorph.wire.admin import OperationStatus
+from anamorph_keysvc import deadline
 from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service.work import Service
 from anamorph_keysvc.tables import Operation
@@ -20,13 +21,19 @@ LEASE_S = 15
 # What a deadline around a lease leaves after the work: a lease not given back runs out only later.
 GIVE_BACK_S = 1.0
 _LONGEST_BACKOFF_S = 10.0
+_CHECK_S = 5.0
 
 
 def due(service: Service, kind: str, *, most: int = 50) -> list[str]:
-    """Ids of operations whose next step is the worker's, and now; longest due first."""
+    """Ids of operations whose next step is the worker's, and now; longest due first.
+
+    Raises:
+        Unavailable: the database or the key-management service does not answer. A process that is
+            cut off leaves all to others, and does not lengthen their backoff.
+    """
     now = service.clock()
     with service.database.read(WORKER) as session:
-        return list(
+        found = list(
             session.exec(
                 select(Operation.id)
                 .where(
@@ -39,6 +46,10 @@ def due(service: Service, kind: str, *, most: int = 50) -> list[str]:
                 .limit(most)
             )
         )
+    if found:
+        with deadline.within(_CHECK_S):
+            service.wrapper.check()
+    return found
 
 
 @contextmanager

@@ -16,11 +16,10 @@ from anamorph_keysvc import deadline
 from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service import leases, lookup
 from anamorph_keysvc.service.transition import change, subject
-from anamorph_keysvc.service.work import Service
+from anamorph_keysvc.service.work import ACTOR, Service
 from anamorph_keysvc.tables import KeyVersion, Operation
 from anamorph_keysvc.wrapper import KEY_BYTES, root_context
 
-ACTOR = "service"
 _AT_ONCE_S = 1.0
 _ATTEMPT_S = 5.0
 
@@ -34,10 +33,6 @@ def prepare_due(service: Service) -> int:
         Unavailable: the database or the key-management service does not answer.
     """
     waiting = leases.due(service, "rotate")
-    if waiting:
-        # A process that is cut off leaves them to others, and does not lengthen their backoff.
-        with deadline.within(_ATTEMPT_S):
-            service.wrapper.check()
     for operation in waiting:
         with deadline.within(_ATTEMPT_S + leases.GIVE_BACK_S):
             prepare(service, operation)

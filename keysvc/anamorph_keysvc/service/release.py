@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hmac
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -16,6 +15,7 @@ from anamorph.wire.states import CLIENT_RELEASE, State
 from anamorph_keysvc.credentials import Caller, GrantHolder
 from anamorph_keysvc.scope import scope_of
 from anamorph_keysvc.service import lookup
+from anamorph_keysvc.service.material import key_of
 from anamorph_keysvc.service.materialization import current_grant
 from anamorph_keysvc.service.transition import subject, wrong_state
 from anamorph_keysvc.service.work import Service
@@ -65,7 +65,7 @@ def _kept(service: Service, row: KeyVersion) -> TenantKey | None:
     if row.ciphertext is None or row.key_id is None:
         return None
     root = service.roots.get(row.key_id, row.ciphertext)
-    return None if root is None else TenantKey.from_root(root, row.tenant, row.model, row.version)
+    return None if root is None else key_of(root, row)
 
 
 def to_job(service: Service, holder: GrantHolder, at: tuple[str, str, int]) -> ReleaseRead:
@@ -117,13 +117,10 @@ def opened(service: Service, row: KeyVersion, kek: str) -> tuple[bytes, TenantKe
     """
     if row.ciphertext is None or row.key_id is None:
         raise errors.Gone("this key has been destroyed", code="destroyed")
-    at = (row.tenant, row.model, row.version)
     root = service.roots.get(row.key_id, row.ciphertext)
     if root is None:
-        root = service.wrapper.unwrap(kek, row.ciphertext, root_context(*at))
-    key = TenantKey.from_root(root, *at)
-    if not hmac.compare_digest(key.id, row.key_id):
-        raise errors.KeyMismatch(f"the stored root is not the one of {row.key_id}")
+        root = service.wrapper.unwrap(kek, row.ciphertext, root_context(row.tenant, row.model, row.version))
+    key = key_of(root, row)
     service.roots.put(row.key_id, row.ciphertext, root)
     return root, key
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from anamorph import errors
 from anamorph.wire.admin import OperationRead, OperationStatus, RotationRead
 from anamorph.wire.states import State
-from anamorph_keysvc.service import lookup, quotas, webhooks
+from anamorph_keysvc.service import lookup, quotas, steps, webhooks
 from anamorph_keysvc.service.transition import move, subject, wrong_state
 from anamorph_keysvc.service.work import Work
-from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion, Model, Operation
+from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion, Model
 
 CANCELLED = "cancelled"
 
@@ -30,7 +30,7 @@ def rotate(work: Work, tenant: str, model: str, reason: str = "requested") -> Ro
     version = issue(work, row)
     webhooks.enqueue(work, version, webhooks.event_of(None, version.state))
     work.record(tenant, "rotate", subject(version), state=version.state.value, reason=reason)
-    operation = _begin(work, version)
+    operation = steps.begin(work, "rotate", "pending", version.tenant, version.model, version.version)
     quotas.check(work, tenant, "versions")
     return RotationRead(**lookup.operation_read(operation).model_dump())
 
@@ -52,24 +52,6 @@ def issue(work: Work, model: Model) -> KeyVersion:
     return version
 
 
-def _begin(work: Work, version: KeyVersion) -> Operation:
-    operation = Operation(
-        id=work.fresh_id("op"),
-        kind="rotate",
-        tenant=version.tenant,
-        model=version.model,
-        version=version.version,
-        status=OperationStatus.RUNNING,
-        phase="pending",
-        created_at=work.now,
-        updated_at=work.now,
-        next_attempt_at=work.now,
-    )
-    work.session.add(operation)
-    work.session.flush()
-    return operation
-
-
 def follow(work: Work, version: KeyVersion, phase: str, progress: float) -> OperationRead:
     """Note how far the rotation of ``version`` is."""
     operation = lookup.operation_of(work.session, version)
@@ -82,12 +64,7 @@ def end(work: Work, version: KeyVersion, status: OperationStatus, error: str | N
     """End the rotation of ``version`` if it is still running."""
     operation = lookup.operation_of(work.session, version)
     if operation.status is OperationStatus.RUNNING:
-        operation.status, operation.error, operation.updated_at = status, error, work.now
-        operation.phase = status.value
-        operation.next_attempt_at = operation.leased_by = operation.leased_until = None
-        if status is OperationStatus.SUCCEEDED:
-            operation.progress = 1.0
-        work.session.add(operation)
+        steps.end(work, operation, status, error)
     return lookup.operation_read(operation)
 
 

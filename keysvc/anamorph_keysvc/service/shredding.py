@@ -8,24 +8,21 @@ the floors and trim.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 from sqlmodel import Session, col, select
 
-from anamorph import errors
-from anamorph.keys import TenantKey
 from anamorph.wire.admin import OperationStatus
 from anamorph.wire.states import State
 from anamorph_keysvc import deadline
 from anamorph_keysvc.scope import WORKER
-from anamorph_keysvc.service import leases, lookup
-from anamorph_keysvc.service.work import Service, Work
+from anamorph_keysvc.service import leases, lookup, steps
+from anamorph_keysvc.service.material import key_of
+from anamorph_keysvc.service.work import ACTOR, Service, Work
 from anamorph_keysvc.tables import Backup, KeyVersion, Operation, Webhook
 from anamorph_keysvc.wrapper import Context, root_context, webhook_context
 
-ACTOR = "service"
 AWAIT_BACKUP = "await-backup"
 LONGEST_CLIENT_CACHE_S = 600
 _BATCH = 100
@@ -49,27 +46,12 @@ def begin(work: Work, tenant: str) -> None:
         running.phase, running.floor, running.next_attempt_at = "rotate-kek", None, work.now
         work.session.add(running)
         return
-    operation = Operation(
-        id=work.fresh_id("op"),
-        kind="shred",
-        tenant=tenant,
-        status=OperationStatus.RUNNING,
-        phase="rotate-kek",
-        created_at=work.now,
-        updated_at=work.now,
-        next_attempt_at=work.now,
-    )
-    work.session.add(operation)
-    work.session.flush()
+    steps.begin(work, "shred", "rotate-kek", tenant)
 
 
 def shred_due(service: Service) -> int:
     """Take every shredding that is due as far as it goes now; answers how many there were."""
     waiting = leases.due(service, "shred")
-    if waiting:
-        # As for rotations: whoever is cut off leaves it to others.
-        with deadline.within(_ATTEMPT_S):
-            service.wrapper.check()
     for operation in waiting:
         with leases.leased(service, operation) as ours, deadline.within(_ATTEMPT_S):
             if ours:
@@ -132,9 +114,7 @@ def _verify(service: Service, kek: str, row: Wrapped) -> None:
     """
     secret = service.wrapper.unwrap(kek, row.ciphertext or b"", context_of(row))
     if isinstance(row, KeyVersion):
-        key = TenantKey.from_root(secret, row.tenant, row.model, row.version)
-        if not hmac.compare_digest(key.id, row.key_id or ""):
-            raise errors.KeyMismatch(f"the stored root is not the one of {row.key_id}")
+        key_of(secret, row)
 
 
 def _await_backup(service: Service, row: Operation, kek: str) -> bool:  # noqa: ARG001 -- one signature
@@ -155,9 +135,7 @@ def _trim(service: Service, row: Operation, kek: str) -> bool:
         service.wrapper.shred(kek, row.floor)
     with service.work(ACTOR, WORKER) as work:
         current = lookup.operation(work.session, row.tenant, row.id)
-        current.status, current.phase, current.progress = OperationStatus.SUCCEEDED, "succeeded", 1.0
-        current.updated_at, current.next_attempt_at = work.now, None
-        work.session.add(current)
+        steps.end(work, current, OperationStatus.SUCCEEDED)
         if row.floor is not None and row.floor > 1:
             _complete(work, row)
     return False

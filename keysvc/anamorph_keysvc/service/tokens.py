@@ -15,11 +15,10 @@ from anamorph.wire.admin import InferenceTokenRead, JwkSet, PublicKey
 from anamorph_keysvc.credentials import Caller
 from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service import lookup
-from anamorph_keysvc.service.work import Service
+from anamorph_keysvc.service.work import ACTOR, Service
 from anamorph_keysvc.tables import SigningKey
 from anamorph_keysvc.wrapper import PLATFORM_KEK, signing_context
 
-ACTOR = "service"
 ISSUER, AUDIENCE = "anamorph", "inference"
 # The tenant of the unprotected baseline, which has no rows of its own.
 PLAINTEXT = "plaintext"

@@ -12,10 +12,8 @@ from anamorph.wire.states import State
 from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service import lookup, rotation
 from anamorph_keysvc.service.transition import change
-from anamorph_keysvc.service.work import Service, Work
+from anamorph_keysvc.service.work import ACTOR, Service, Work
 from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion, Usage
-
-ACTOR = "service"
 
 
 def report(work: Work, tenant: str, model: str, version: int, body: UsageReport) -> KeyVersionRead:

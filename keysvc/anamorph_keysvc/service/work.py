@@ -25,6 +25,9 @@ from anamorph_keysvc.wrapper import KeyWrapper
 
 Row = TypeVar("Row")
 
+# Who the audit log names for what the service does by itself.
+ACTOR = "service"
+
 
 @dataclass(frozen=True)
 class Work:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from anamorph.errors import InvalidId, SetupError
 from anamorph.wire import ids
+from anamorph_keysvc import toml
 
 AUDIT_KEY = "anamorph-audit"
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
@@ -190,17 +190,7 @@ def load(path: Path, **changes: Any) -> VaultSettings:
     Raises:
         SetupError: no such file, no TOML, or not these settings; what the file holds is not repeated.
     """
-    try:
-        return VaultSettings.model_validate({**tomllib.loads(path.read_text()), **changes})
-    except OSError as error:
-        raise SetupError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SetupError(f"{path} is no TOML: {error}") from None
-    except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
-        ]
-        raise SetupError(f"{path} does not fit: {'; '.join(faults)}") from None
+    return toml.read(path, VaultSettings, **changes)
 
 
 def read_secret(path: Path, what: str) -> str:
