@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, TextClause, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
@@ -30,6 +30,8 @@ _LONGEST_S = 30.0
 _RETRIED = {"40001", "40P01", "55P03"}  # serialization failure, deadlock, a lock not had in time
 # No driver gives up connecting sooner.
 _CONNECT_S = 2
+# Connections for lookups of credentials, each held for one statement.
+_LOOKUPS = 4
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class Credential:
 class Database:
     """One database; hands out sessions that are one transaction each."""
 
-    def __init__(self, engine: Engine, *, most: int = 64) -> None:
+    def __init__(self, engine: Engine, *, most: int = 64, lookups: Engine | None = None) -> None:
         self.engine = engine
+        self._lookups = lookups
         self._watchdog = Watchdog()
-        # The pool would let callers wait for as long as it likes, not for as long as they have.
+        # A pool would let callers wait for as long as it likes, not for as long as they have.
         self._free = threading.BoundedSemaphore(most)
+        self._free_lookups = threading.BoundedSemaphore(_LOOKUPS)
 
     @classmethod
     def sqlite(cls, path: Path, *, busy_timeout_s: float = 15) -> Database:
@@ -78,17 +82,13 @@ class Database:
         Raises:
             SetupError: not a PostgreSQL URL, or one with a password in it.
         """
-        engine = create_engine(
-            postgresql_url(url),
-            hide_parameters=True,
-            pool_size=pool_size,
-            max_overflow=0,
-            # Restarted servers are noticed when a transaction begins, and there retried.
-            connect_args={"connect_timeout": _CONNECT_S, "application_name": "anamorph-keysvc"},
-        )
-        event.listen(engine, "do_connect", _refuse_late)
+        engine = _pool(url, pool_size)
         event.listen(engine, "begin", _begin_postgresql)
-        return cls(engine, most=pool_size)
+        # Every request begins with one statement that needs no transaction: without one it is one
+        # exchange with the server instead of four.
+        lookups = _pool(url, _LOOKUPS, isolation_level="AUTOCOMMIT")
+        event.listen(lookups, "connect", _become_api)
+        return cls(engine, most=pool_size, lookups=lookups)
 
     @property
     def dialect(self) -> str:
@@ -127,8 +127,8 @@ class Database:
         # Before a tenant is known; on PostgreSQL a function is all that sees every tenant's.
         source = "find_credential(:hash)" if self.dialect == "postgresql" else _CREDENTIALS
         statement = text(f"SELECT id, tenant, role, model, version, revoked FROM {source}")  # noqa: S608
-        with translated(), self._begun(Scope("anamorph_api"), read_only=True) as connection:
-            row = connection.execute(statement, {"hash": hashed}).one_or_none()
+        with translated():
+            row = self._look_up(statement, {"hash": hashed})
         if row is None:
             return None
         return Credential(row.id, row.tenant, row.role, row.model, row.version, bool(row.revoked))
@@ -136,7 +136,28 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+        if self._lookups is not None:
+            self._lookups.dispose()
         self._watchdog.close()
+
+    def _look_up(self, statement: TextClause, parameters: dict[str, str]) -> Any:
+        """The one row of a query that belongs to no transaction, or ``None``."""
+        if self._lookups is None:
+            with self._begun(Scope("anamorph_api"), read_only=True) as connection:
+                return connection.execute(statement, parameters).one_or_none()
+        with self._turn(self._free_lookups):
+            try:
+                return self._ask(self._lookups, statement, parameters)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            # The server was restarted since; the pool has thrown away what it held.
+            return self._ask(self._lookups, statement, parameters)
+
+    def _ask(self, engine: Engine, statement: TextClause, parameters: dict[str, str]) -> Any:
+        connection = engine.connect()
+        with self._watched(connection, deadline.left(_LONGEST_S)), connection:
+            return connection.execute(statement, parameters).one_or_none()
 
     @contextmanager
     def _begun(self, scope: Scope, *, read_only: bool) -> Iterator[Connection]:
@@ -144,7 +165,7 @@ class Database:
         options: dict[str, Any] = {"anamorph_scope": scope, "anamorph_read_only": read_only}
         if self.dialect == "postgresql" and read_only:
             options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-        with self._turn():
+        with self._turn(self._free):
             for again in (True, False):
                 connection = self.engine.connect()
                 with self._watched(connection, deadline.left(_LONGEST_S)), connection:
@@ -153,13 +174,13 @@ class Database:
                         return
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        if not self._free.acquire(timeout=deadline.left(_LONGEST_S)):
+    def _turn(self, free: threading.BoundedSemaphore) -> Iterator[None]:
+        if not free.acquire(timeout=deadline.left(_LONGEST_S)):
             raise _busy()
         try:
             yield
         finally:
-            self._free.release()
+            free.release()
 
     @contextmanager
     def _watched(self, connection: Connection, seconds: float) -> Iterator[None]:
@@ -169,6 +190,22 @@ class Database:
         driver: Any = connection.connection.driver_connection
         with self._watchdog.watch(driver.fileno(), seconds):
             yield
+
+
+def _pool(url: str, size: int, **options: Any) -> Engine:
+    """Connections to PostgreSQL, ``size`` at most."""
+    engine = create_engine(
+        postgresql_url(url),
+        # Parameters hold hashes and ciphertexts: they stay out of exceptions.
+        hide_parameters=True,
+        pool_size=size,
+        max_overflow=0,
+        # Restarted servers are noticed when a connection is used, and there retried.
+        connect_args={"connect_timeout": _CONNECT_S, "application_name": "anamorph-keysvc"},
+        **options,
+    )
+    event.listen(engine, "do_connect", _refuse_late)
+    return engine
 
 
 def postgresql_url(url: str) -> str:
@@ -217,6 +254,11 @@ def _prepare(connection: Any, _record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     read_only = connection.get_execution_options().get("anamorph_read_only", False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+def _become_api(connection: Any, _record: Any) -> None:
+    # The login role has no rights of its own; none of the three sees a tenant's rows without its name.
+    connection.execute("SET ROLE anamorph_api")
 
 
 def _refuse_late(*_: Any) -> None:

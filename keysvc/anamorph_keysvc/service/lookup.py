@@ -40,6 +40,19 @@ def version(session: Session, tenant: str, model: str, version: int) -> KeyVersi
     )
 
 
+def version_and_model(session: Session, tenant: str, model: str, version: int) -> tuple[KeyVersion, Model]:
+    """A key version, locked as a model is, and its model, which is not; or NotFound."""
+    wanted = select(KeyVersion, Model).where(
+        KeyVersion.tenant == tenant,
+        KeyVersion.model == model,
+        KeyVersion.version == version,
+        Model.tenant == KeyVersion.tenant,
+        Model.id == KeyVersion.model,
+    )
+    locked = wanted.with_for_update(of=KeyVersion) if _locks(session) else wanted
+    return found(session.exec(locked).one_or_none(), "key version")
+
+
 def _locks(session: Session) -> bool | None:
     return True if session.info.get("locks") else None
 

@@ -50,12 +50,11 @@ def _if_open(
 ) -> ReleaseRead | None:
     """The release by ``key`` or a root that is kept, in one transaction; ``None`` if there is neither."""
     with service.work(caller.actor, caller.scope) as work:
-        row = lookup.version(work.session, *at)
+        row, model = lookup.version_and_model(work.session, *at)
         _check_client(row)
         key = key or _kept(service, row)
         if key is None or key.id != row.key_id:
             return None
-        model = lookup.model(work.session, row.tenant, row.model, lock=False)
         expires_at = work.now + timedelta(seconds=lookup.policy_of(model).client_cache_ttl_s)
         work.record(row.tenant, "release", subject(row), purpose="client")
         return _answer(row, model, "client", key.subkey("vocab"), expires_at)
