@@ -6,6 +6,7 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
+from sqlalchemy import Engine
 from sqlmodel import Session, col, select
 from tests.keysvc.databases import engine_of
 
@@ -24,7 +25,10 @@ Versions = dict[tuple[str, str, int], KeyVersion]
 
 def check(production: Production) -> Versions:
     """All versions of all tenants, after everything that must hold of them was found to hold."""
-    with engine_of(production.postgres, production.database, roles.BACKUP) as engine, Session(engine) as rows:
+    with (
+        engine_of(production.postgres, production.database, roles.BACKUP) as engine,
+        _snapshot(engine) as rows,
+    ):
         versions = {(row.tenant, row.model, row.version): row for row in rows.exec(select(KeyVersion))}
         models = rows.exec(select(Model)).all()
         operations = rows.exec(select(Operation)).all()
@@ -35,6 +39,11 @@ def check(production: Production) -> Versions:
     _check_trail(trail, versions)
     _check_operations(list(operations), versions)
     return versions
+
+
+def _snapshot(engine: Engine) -> Session:
+    """A session that sees one state of the database: the service goes on preparing keys meanwhile."""
+    return Session(engine.execution_options(isolation_level="REPEATABLE READ"))
 
 
 def _check_model(model: Model, versions: list[KeyVersion]) -> None:
