@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -84,7 +85,11 @@ def serve(
         parts = ends.enter_context(opened)
         if port_file is not None:
             _announce(port_file, listener.getsockname()[1])
-        _server(parts, measured).run(sockets=[listener])
+        server = _server(parts, measured)
+        # What start-up has made stays: a collection that walked all of it again would stop every request.
+        gc.collect()
+        gc.freeze()
+        server.run(sockets=[listener])
 
 
 @cli.command(name="checkpoint-keys")
