@@ -7,6 +7,11 @@ READY := $(VENV)/.ready
 UV := uv==0.13.9
 # By name, so that a resolver does not go looking for another build of it.
 TORCH := torch==2.13.0
+# vLLM's CPU build wants another transformers than ours: an environment of its own, of 3.4 GB.
+VLLM_VENV := .venv-vllm
+VLLM_PYTHON := $(VLLM_VENV)/bin/python
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_TORCH := torch==2.13.0+cpu
 ARGS ?=
 
 # The newest of these that runs; a shim that only prints an error is passed over.
@@ -17,7 +22,7 @@ PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python
 # Real servers for the tests. Where their builds lie beside the checkout they are unpacked; elsewhere
 # PATH or ANAMORPH_TEST_BIN offers them, and tests whose server is missing say what to install.
 UNPACK := $(wildcard ../shared/bin/unpack)
-SERVERS := vault toxiproxy-server etcd kube-apiserver
+SERVERS := vault toxiproxy-server etcd kube-apiserver otelcol
 WITH_SERVERS = $(if $(UNPACK),ANAMORPH_TEST_BIN="$${ANAMORPH_TEST_BIN:-$$("$(PYTHON)" $(UNPACK) $(SERVERS))}")
 
 # Every process of a test or demo imports large packages: compiled once, they load faster.
@@ -27,7 +32,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 REPORT = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit lint format bench docs clean
+.PHONY: help setup demo test test-unit test-vllm bench-vllm lint format bench docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -54,6 +59,20 @@ test: $(READY)  ## every test
 test-unit: $(READY)  ## the quick tests
 	$(BIN)/pytest -m "not slow and not real" $(SIDE_BY_SIDE) $(ARGS)
 
+# PyTorch's CPU build comes from where pip is told to look, else from PyTorch's own index, which uv knows.
+$(VLLM_READY): $(READY) constraints-vllm.txt
+	"$(PYTHON)" -m venv $(VLLM_VENV)
+	$(VLLM_PYTHON) -m pip install --disable-pip-version-check --quiet --no-deps $(VLLM_TORCH) || \
+	  $(BIN)/uv pip install --python $(VLLM_PYTHON) --no-deps --torch-backend cpu $(VLLM_TORCH)
+	$(BIN)/uv pip install --python $(VLLM_PYTHON) --no-deps -r constraints-vllm.txt -e .
+	@touch $(VLLM_READY)
+
+test-vllm: $(VLLM_READY)  ## the tests of the vLLM engine and of stock vLLM, in an environment of their own
+	ANAMORPH_VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/pytest tests/vllm $(call REPORT,vllm) $(ARGS)
+
+bench-vllm: $(VLLM_READY)  ## encrypted against plaintext on the vLLM engine
+	ANAMORPH_VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python benchmarks/vllm_overhead.py $(ARGS)
+
 lint: $(READY)  ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,5 +91,5 @@ docs: $(READY)  ## the documentation as a site, in build/docs; fails on a dead l
 	$(BIN)/uv tool run --python $(BIN)/python --with-requirements docs/requirements.txt zensical build --strict --clean
 
 clean:  ## remove everything that the other targets made
-	rm -rf $(VENV) build dist reports .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist reports .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -63,7 +63,8 @@ ALONE = ("checkpoint", "cli", "client", "docs", "pipeline", "serve", "system")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow and real tests of some folders get the machine to themselves."""
+    here = Path(__file__).parent
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        if marks & {"slow", "real"} and item.path.parent.name in ALONE:
+        if marks & {"slow", "real"} and item.path.relative_to(here).parts[0] in ALONE:
             item.add_marker(pytest.mark.alone)

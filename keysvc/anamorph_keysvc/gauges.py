@@ -49,7 +49,7 @@ class Sample:
     ``overdue_s`` by how much the latest ACTIVE version outlived its policy, ``spent`` how
     many are over their token budget, ``waiting_s`` how long the longest-due operation has
     waited for a worker, ``uncovered_s`` the age of the oldest audit row that no exported
-    checkpoint covers.
+    checkpoint covers, ``drain_overdue_s`` by how much a DRAINING version outlived its grace.
     """
 
     versions: dict[State, int]
@@ -62,6 +62,7 @@ class Sample:
     deliveries: int
     delivery_waiting_s: float
     uncovered_s: float
+    drain_overdue_s: float = 0.0
 
 
 def take_sample(database: Database, now: datetime, *, checkpoints: bool = False) -> Sample:
@@ -85,6 +86,7 @@ def take_sample(database: Database, now: datetime, *, checkpoints: bool = False)
             deliveries=deliveries,
             delivery_waiting_s=_since(delivery_due, now),
             uncovered_s=_since(_uncovered(session), now) if checkpoints else 0,
+            drain_overdue_s=_since(_draining(session), now),
         )
 
 
@@ -108,6 +110,13 @@ def _active(session: Session) -> tuple[datetime | None, datetime | None, int]:
     )
     oldest, due, spent = session.exec(wanted.where(KeyVersion.state == State.ACTIVE)).one()
     return oldest, due, int(spent or 0)
+
+
+def _draining(session: Session) -> datetime | None:
+    """When the grace of the DRAINING version that should have ended first was over."""
+    return session.exec(
+        select(func.min(KeyVersion.drain_until)).where(KeyVersion.state == State.DRAINING)
+    ).one()
 
 
 def _rotations(session: Session) -> dict[str, datetime | None]:

@@ -118,6 +118,7 @@ def _register_gauges(meter: Meter, sampler: Sampler, *, checkpoints: bool) -> No
     gauge("versions", "", "Key versions by state", lambda s: _by(names.STATE, s.versions))
     gauge("key.oldest", "s", "Age of the oldest ACTIVE version", lambda s: _one(s.oldest_s))
     gauge("key.overdue", "s", "Longest time past a due rotation", lambda s: _one(s.overdue_s))
+    gauge("drain.overdue", "s", "Longest time past the end of a drain", lambda s: _one(s.drain_overdue_s))
     gauge("key.spent", "", "ACTIVE versions over their token budget", lambda s: _one(s.spent))
     gauge("rotation.age", "s", "Oldest rotation in each phase", lambda s: _by(names.PHASE, s.rotations))
     gauge("operations", "", "Operations that are running", lambda s: _by(names.KIND, s.operations))

@@ -73,6 +73,9 @@ class Model(Base, table=True):
     tokenizer_digest: str | None = None
     chat_template_digest: str | None = None
     policy: dict[str, Any] = Field(sa_type=JSON)
+    serving: dict[str, Any] = Field(
+        default_factory=dict, sa_type=JSON, sa_column_kwargs={"server_default": "{}"}
+    )
     last_version: int = 0
     created_at: datetime = Field(sa_type=UtcDateTime)
 

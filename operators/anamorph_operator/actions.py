@@ -37,6 +37,14 @@ class FailVersion:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """Say why a version waits; it is begun as soon as there is room."""
+
+    ref: Ref
+    reason: str
+
+
+@dataclass(frozen=True)
 class Apply:
     """Write the whole list of Ray Serve applications: one writer, always all of them."""
 
@@ -95,6 +103,7 @@ Action = (
     StartJob
     | StopJob
     | FailVersion
+    | Hold
     | Apply
     | Verify
     | Activate

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,13 +19,16 @@ from typing import Any
 
 from anamorph import errors
 from anamorph.replica import Store
-from anamorph.wire.admin import Activation, Failure, UsageReport
+from anamorph.serve.placement import Node
+from anamorph.serve.sizing import Size, read_size
+from anamorph.wire.admin import Activation, Dtype, Failure, UsageReport
 from anamorph.wire.keyservice import AsyncKeyService, aeverything
-from anamorph.wire.serving import Usage
+from anamorph.wire.serving import Cache, Usage
 from anamorph.wire.states import GONE, State
 from anamorph_operator import actions as act
+from anamorph_operator.begin import Limits, allowed
 from anamorph_operator.jobs import Jobs
-from anamorph_operator.plan import Limits, plan
+from anamorph_operator.plan import plan
 from anamorph_operator.probe import Prober
 from anamorph_operator.ray_serve import RayServe
 from anamorph_operator.state import AppStatus, Baseline, Deployed, Desired, Observed, Ref
@@ -47,6 +51,8 @@ class LocalSettings:
     interval_s: float = 1.0
     usage_interval_s: float = 5.0
     otlp_endpoint: str | None = None
+    pools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cache: Cache | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -73,6 +79,8 @@ class LocalOperator:
         self._usage: dict[Ref, Usage] = {}
         self._usage_at: datetime | None = None
         self._reported: dict[Ref, Usage] = {}
+        self._cluster: tuple[Node, ...] | None = None
+        self._known_sizes: dict[tuple[str, Dtype], Size | None] = {}
         self._said: dict[str, str] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -105,6 +113,8 @@ class LocalOperator:
             usage=dict(self._usage),
             reported=dict(self._reported),
             deleted=frozenset(self._deleted),
+            cluster=self._cluster,
+            sizes=await self._sizes(desired),
         )
         decided = plan(desired, observed, self._now(), self._settings.limits)
         for action in decided:
@@ -135,6 +145,8 @@ class LocalOperator:
             baselines=self._settings.baselines,
             allow_base=self._settings.allow_base,
             otlp_endpoint=self._settings.otlp_endpoint,
+            pools=self._settings.pools,
+            cache=self._settings.cache,
         )
 
     async def _deployed(self) -> dict[str, Deployed] | None:
@@ -151,8 +163,9 @@ class LocalOperator:
 
     async def _read_usage(self, desired: Desired, deployed: dict[str, Deployed]) -> None:
         now = self._now()
-        running = {n for n, app in deployed.items() if app.status is AppStatus.RUNNING}
-        served = {Ref.of(v): v for v in desired.versions if Ref.of(v).app in running}
+        there = Observed(deployed)
+        refs = {Ref.of(version): version for version in desired.versions}
+        served = {ref: v for ref, v in refs.items() if there.running(ref, desired.model_of(ref))}
         closely = {ref for ref, version in served.items() if version.state in _CLOSELY}
         due = (
             self._usage_at is None
@@ -161,20 +174,40 @@ class LocalOperator:
         asked = set(served) if due else closely
         if due:
             self._usage_at = now
+            await self._read_cluster()
         kept = {ref: usage for ref, usage in self._usage.items() if ref in served.keys() - asked}
         self._usage = kept | await self._prober.usage(self._settings.serve_url, sorted(asked))
+
+    async def _read_cluster(self) -> None:
+        """Nodes come and go slowly; what is not known now is as it was."""
+        with suppress(errors.Unavailable):
+            self._cluster = await self._serve.nodes()
+
+    async def _sizes(self, desired: Desired) -> dict[tuple[str, str], Size]:
+        """Sizes of bases that lie in a folder here; each is looked at once."""
+        found = {}
+        for model in desired.models:
+            place = (model.base, model.dtype)
+            if place not in self._known_sizes and allowed(model.base, desired.allow_base):
+                self._known_sizes[place] = await asyncio.to_thread(_size_of, model.base, model.dtype)
+            if (known := self._known_sizes.get(place)) is not None:
+                found[model.tenant, model.id] = known
+        return found
 
     async def _do(self, action: act.Action) -> None:
         """Carry one action out; a failure is told and left to the next turn."""
         what = _describe(action)
+        if isinstance(action, act.Hold):
+            return self._say(f"hold {action.ref.app}", f"{action.ref.app} waits for room: {action.reason}")
         try:
             await self._perform(action)
         except (errors.AnamorphError, OSError) as error:
             self._say(what, f"{what}: {error}")
-            return
+            return None
         if not isinstance(action, act.ReportUsage):
             _log.info("%s", what)
         self._said.pop(what, None)
+        return None
 
     async def _perform(self, action: act.Action) -> None:
         doers: dict[type[Any], Callable[[Any], Awaitable[Any]]] = {
@@ -229,6 +262,11 @@ class LocalOperator:
         if text and self._said.get(about) != text:
             _log.warning("%s", text)
         self._said[about] = text
+
+
+def _size_of(base: str, dtype: Dtype) -> Size | None:
+    elsewhere = "://" in base and not base.startswith("file://")
+    return None if elsewhere else read_size(Path(base.removeprefix("file://")), dtype)
 
 
 def _place(ref: Ref) -> tuple[str, str, int]:

@@ -14,9 +14,11 @@ from typing import Annotated
 
 import httpx
 import typer
+from pydantic import ValidationError
 
 from anamorph.errors import SetupError
 from anamorph.wire.keyservice import AsyncKeyService
+from anamorph.wire.serving import Cache, PoolSettings
 from anamorph_operator.jobs import DEFAULT_COMMAND, Jobs
 from anamorph_operator.local import LocalOperator, LocalSettings
 from anamorph_operator.probe import Prober, Tokens
@@ -50,6 +52,11 @@ def local(
     interval: Annotated[float, typer.Option(help="Seconds between two turns.", min=0.05)] = 1.0,
     materializer: Annotated[str | None, typer.Option(help="Command of the materialisation job.")] = None,
     otlp_endpoint: Annotated[str | None, typer.Option(help="OTLP collector for the engines.")] = None,
+    pool: Annotated[
+        list[str], typer.Option(help="NAME=slots=4,host_bytes=…: settings of a pool; repeatable.")
+    ] = [],  # noqa: B006
+    cache: Annotated[Path | None, typer.Option(help="Folder on each node for fetched replicas.")] = None,
+    cache_bytes: Annotated[int | None, typer.Option(help="Most bytes that it takes.", min=1)] = None,
 ) -> None:
     """Run on one machine: jobs as processes, serving by a local Ray."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -64,6 +71,8 @@ def local(
         allow_base=tuple(allow_base),
         interval_s=interval,
         otlp_endpoint=otlp_endpoint,
+        pools=dict(parse_pool(text) for text in pool),
+        cache=_cache(cache, cache_bytes),
     )
     command = tuple(shlex.split(materializer)) if materializer else DEFAULT_COMMAND
     key, ray_token = _secret(key_file), _secret(ray_token_file) if ray_token_file else None
@@ -83,6 +92,31 @@ def parse_baseline(text: str) -> Baseline:
         raise SetupError("a baseline reads NAME=FOLDER[,dtype=float32][,engine=torch][,context=2048]")
     context = int(options.pop("context", 0)) or _context_of(Path(folder))
     return Baseline(name, str(Path(folder).absolute()), context, **options)  # type: ignore[arg-type]
+
+
+def parse_pool(text: str) -> tuple[str, dict[str, str]]:
+    """Read ``NAME=SETTING=VALUE,…``, settings as in ``PoolSettings``.
+
+    Raises:
+        SetupError: another form, or a setting that there is not.
+    """
+    name, _, rest = text.partition("=")
+    chosen = dict(item.partition("=")[::2] for item in rest.split(",") if item)
+    try:
+        PoolSettings.model_validate({"context_length": 1, **chosen, "pool": name})
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        field = ".".join(map(str, first["loc"]))
+        raise SetupError(
+            f"--pool {name}: {field}: {first['msg']}; it reads NAME=slots=4,num_blocks=512"
+        ) from None
+    return name, chosen
+
+
+def _cache(folder: Path | None, limit_bytes: int | None) -> Cache | None:
+    chosen = {"folder": folder and str(folder.absolute()), "limit_bytes": limit_bytes}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return Cache.model_validate(chosen) if chosen else None
 
 
 def _context_of(folder: Path) -> int:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from posixpath import normpath
 
 from anamorph.wire.admin import KeyVersionRead, ModelRead
 from anamorph.wire.states import State
+from anamorph_operator import pools
 from anamorph_operator.actions import (
     Action,
     Activate,
@@ -26,31 +26,11 @@ from anamorph_operator.actions import (
     FailVersion,
     ReportUsage,
     Retire,
-    StartJob,
-    StopJob,
     Verify,
 )
 from anamorph_operator.applications import applications
-from anamorph_operator.state import AppStatus, Desired, Job, Observed, Outcome, Ref
-
-# Exit status of a job that refuses for good (contracts.md); it has said so itself.
-EXIT_REFUSED = 3
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much at once, how often, how patiently."""
-
-    parallel_jobs: int = 1
-    job_attempts: int = 4
-    check_attempts: int = 20
-    first_wait: timedelta = timedelta(seconds=2)
-    longest_wait: timedelta = timedelta(seconds=60)
-
-    def wait(self, attempts: int) -> timedelta:
-        """Pause after that many failed attempts: doubling, up to the longest."""
-        doubled: timedelta = self.first_wait * 2 ** max(0, min(attempts, 16) - 1)
-        return min(doubled, self.longest_wait)
+from anamorph_operator.begin import EXIT_REFUSED, Limits, allowed, start_jobs, stop_jobs
+from anamorph_operator.state import AppStatus, Deployed, Desired, Observed, Outcome, Ref
 
 
 def plan(desired: Desired, observed: Observed, now: datetime, limits: Limits = Limits()) -> list[Action]:
@@ -61,8 +41,8 @@ def plan(desired: Desired, observed: Observed, now: datetime, limits: Limits = L
         model = desired.model_of(Ref.of(version))
         if step is not None and model is not None:
             actions += step(_View(desired, observed, now, limits, version, model))
-    actions += _stop_jobs(desired, observed)
-    actions += _start_jobs(desired, observed, now, limits)
+    actions += stop_jobs(desired, observed)
+    actions += start_jobs(desired, observed, now, limits)
     actions += _report_usage(desired, observed)
     return actions
 
@@ -81,6 +61,15 @@ class _View:
     @property
     def ref(self) -> Ref:
         return Ref.of(self.version)
+
+    @property
+    def app(self) -> Deployed | None:
+        """The application that serves it."""
+        return self.observed.app(self.ref, self.model)
+
+    @property
+    def running(self) -> bool:
+        return self.app is not None and self.app.status is AppStatus.RUNNING
 
     @property
     def endpoint(self) -> str:
@@ -106,7 +95,7 @@ def _apply(desired: Desired, observed: Observed, now: datetime) -> list[Action]:
 
 
 def _materialising(view: _View) -> list[Action]:
-    """Give up what is refused or has failed too often; ``_start_jobs`` does the rest."""
+    """Give up what is refused or has failed too often; ``begin`` does the rest."""
     if not allowed(view.model.base, view.desired.allow_base):
         return [FailVersion(view.ref, "its base lies outside the operator's allow-list (--allow-base)")]
     job = view.observed.jobs.get(view.ref)
@@ -119,15 +108,29 @@ def _materialising(view: _View) -> list[Action]:
     return []
 
 
+_REFUSED = "the serving side refused the replica; its log says why"
+
+
 def _staged(view: _View) -> list[Action]:
     if any(active.version > view.version.version for active in view.siblings(State.ACTIVE)):
         return [FailVersion(view.ref, "superseded: a newer version is active")]
-    app = view.observed.app(view.ref)
-    if app is not None and app.status is AppStatus.DEPLOY_FAILED:
-        return [FailVersion(view.ref, "the serving side refused the replica; its log says why")]
-    if not view.observed.running(view.ref):
-        return []
-    return _verified(view)
+    refusal = _refusal(view)
+    if refusal is not None:
+        return [FailVersion(view.ref, refusal)]
+    return _verified(view) if view.running else []
+
+
+def _refusal(view: _View) -> str | None:
+    """Why the serving side does not take a staged version, if it does not."""
+    pool = view.model.serving.pool
+    if view.app is None:
+        standing = None if pool is None else pools.standing(pool, view.observed)
+        return None if standing is None else pools.refusal(view.model, standing)
+    if view.app.status is not AppStatus.DEPLOY_FAILED:
+        return None
+    if pool is not None and pools.in_use(view.desired, pool):
+        return None  # it is deployed anew for the others
+    return _REFUSED
 
 
 def _verified(view: _View) -> list[Action]:
@@ -136,6 +139,8 @@ def _verified(view: _View) -> list[Action]:
         return [Activate(view.ref, view.endpoint)]
     if check is not None and check.outcome is Outcome.DIFFERENT:
         return [FailVersion(view.ref, "the served replica does not answer what materialisation computed")]
+    if check is not None and check.outcome is Outcome.REFUSED:
+        return [FailVersion(view.ref, _REFUSED)]
     if check is not None and check.outcome is Outcome.RUNNING:
         return []
     if check is not None and check.attempts >= view.limits.check_attempts:
@@ -151,7 +156,8 @@ def _draining(view: _View) -> list[Action]:
     A caller that keeps using the old key may hold it up for one longest request
     more; after that it is retired regardless and its calls are answered 410.
     """
-    if not any(view.observed.running(Ref.of(active)) for active in view.siblings(State.ACTIVE)):
+    active = [Ref.of(version) for version in view.siblings(State.ACTIVE)]
+    if not any(view.observed.running(ref, view.model) for ref in active):
         return []  # it may be the only one that answers
     deadline = view.version.drain_until
     if deadline is None or view.now < deadline:
@@ -161,16 +167,16 @@ def _draining(view: _View) -> list[Action]:
 
 
 def _idle(view: _View) -> bool:
-    app, usage = view.observed.app(view.ref), view.observed.usage.get(view.ref)
-    if app is None or app.status is AppStatus.DEPLOY_FAILED:
+    usage = view.observed.usage.get(view.ref)
+    if view.app is None or view.app.status is AppStatus.DEPLOY_FAILED:
         return True
-    return app.status is AppStatus.RUNNING and usage is not None and usage.in_flight == 0
+    return view.running and usage is not None and usage.in_flight == 0
 
 
 def _destroying(view: _View) -> list[Action]:
     """First the application, then the files, then the word that erases the key."""
     due = view.version.destroy_at is not None and view.now >= view.version.destroy_at
-    if not due or view.observed.deployed is None or view.observed.app(view.ref) is not None:
+    if not due or view.observed.deployed is None or view.app is not None:
         return []
     if view.version.artifact is None or view.ref in view.observed.deleted:
         return [Destroyed(view.ref)]
@@ -184,41 +190,6 @@ _STEPS: dict[State, Callable[[_View], list[Action]]] = {
     State.DRAINING: _draining,
     State.DESTROY_SCHEDULED: _destroying,
 }
-_WANTS_JOB = frozenset({State.PENDING, State.MATERIALIZING})
-
-
-def _stop_jobs(desired: Desired, observed: Observed) -> Iterator[Action]:
-    """A job is left to finish while its version is STAGED: it is only tidying up then."""
-    keep = {Ref.of(v) for v in desired.versions if v.state in _WANTS_JOB | {State.STAGED}}
-    return (StopJob(ref) for ref, job in sorted(observed.jobs.items()) if job.running and ref not in keep)
-
-
-def _start_jobs(desired: Desired, observed: Observed, now: datetime, limits: Limits) -> list[Action]:
-    free = limits.parallel_jobs - sum(job.running for job in observed.jobs.values())
-    ready = [v for v in desired.versions if _startable(desired, observed, v, now, limits)]
-    oldest = sorted(ready, key=lambda v: (v.created_at, Ref.of(v)))
-    return [
-        StartJob(Ref.of(version), model)
-        for version in oldest[: max(0, free)]
-        if (model := desired.model_of(Ref.of(version))) is not None
-    ]
-
-
-def _startable(
-    desired: Desired, observed: Observed, version: KeyVersionRead, now: datetime, limits: Limits
-) -> bool:
-    model, job = desired.model_of(Ref.of(version)), observed.jobs.get(Ref.of(version))
-    if version.state not in _WANTS_JOB or model is None or not allowed(model.base, desired.allow_base):
-        return False
-    if version.key_id is None:
-        return False  # the key service is still preparing its key
-    return job is None or _may_retry(job, now, limits)
-
-
-def _may_retry(job: Job, now: datetime, limits: Limits) -> bool:
-    if job.running or job.exit_code == EXIT_REFUSED or job.attempts >= limits.job_attempts:
-        return False
-    return job.ended_at is None or now >= job.ended_at + limits.wait(job.attempts)
 
 
 def _report_usage(desired: Desired, observed: Observed) -> Iterator[Action]:
@@ -229,16 +200,3 @@ def _report_usage(desired: Desired, observed: Observed) -> Iterator[Action]:
             before is None or (before.source, before.tokens) != (usage.source, usage.tokens)
         ):
             yield ReportUsage(ref, usage)
-
-
-def allowed(base: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a base checkpoint lies under one of the allowed prefixes, path segment by segment."""
-    scheme, separator, path = base.rpartition("://")
-    wanted = scheme + separator + normpath(path)
-    return any(_under(wanted, prefix) for prefix in prefixes)
-
-
-def _under(wanted: str, prefix: str) -> bool:
-    scheme, separator, path = prefix.rpartition("://")
-    root = (scheme + separator + normpath(path)).rstrip("/")
-    return wanted == root or wanted.startswith(root + "/")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from anamorph import errors
 from anamorph.wire.admin import InferenceTokenRead
 from anamorph.wire.completions import acomplete
-from anamorph.wire.serving import Usage
+from anamorph.wire.serving import REPLICA_REFUSED, Usage
 from anamorph_operator.actions import Verify
 from anamorph_operator.state import Check, Outcome, Ref
 
@@ -100,6 +100,11 @@ class Prober:
                 )
             except (errors.KeyMismatch, errors.Conflict):
                 return Outcome.DIFFERENT
+            except errors.Unavailable as error:
+                if error.code != REPLICA_REFUSED:
+                    raise
+                _log.warning("probe of %s: %s", verify.ref.app, error)
+                return Outcome.REFUSED
             if answer.choices[0].token_ids != list(expected):
                 return Outcome.DIFFERENT
         return Outcome.EQUAL

@@ -14,17 +14,29 @@ import httpx
 from pydantic import ValidationError
 
 from anamorph import errors
+from anamorph.serve.placement import Node, nodes_of
 from anamorph.wire.serving import (
     APP_IMPORT_PATH,
     DOOR_IMPORT_PATH,
+    POOL_IMPORT_PATH,
     DoorState,
     EngineSettings,
     KeyState,
+    PoolSettings,
+    PoolState,
+    deployment_name,
 )
 from anamorph_operator.applications import DOOR
 from anamorph_operator.state import Application, AppStatus, Deployed
 
 _PATH = "/api/serve/applications/"
+_NODES = "/api/v0/nodes"
+MOST_NODES = 10_000
+_STATES: dict[str, type[DoorState | KeyState | PoolState]] = {
+    DOOR_IMPORT_PATH: DoorState,
+    APP_IMPORT_PATH: KeyState,
+    POOL_IMPORT_PATH: PoolState,
+}
 
 
 class RayServe:
@@ -63,9 +75,18 @@ class RayServe:
         }
         await self._call("PUT", body)
 
-    async def _call(self, method: str, body: dict[str, Any] | None = None) -> Any:
+    async def nodes(self) -> tuple[Node, ...]:
+        """The nodes that are alive, with all that each has.
+
+        Raises:
+            Unavailable: the dashboard does not answer.
+        """
+        body = await self._call("GET", path=f"{_NODES}?limit={MOST_NODES}&detail=true")
+        return nodes_of(body)
+
+    async def _call(self, method: str, body: dict[str, Any] | None = None, path: str = _PATH) -> Any:
         try:
-            response = await self._http.request(method, _PATH, json=body)
+            response = await self._http.request(method, path, json=body)
         except httpx.TransportError as error:
             raise errors.Unavailable(f"Ray's dashboard does not answer: {type(error).__name__}") from error
         if response.status_code == 400:
@@ -85,37 +106,61 @@ def as_config(application: Application) -> dict[str, Any]:
     return {
         "name": application.name,
         "route_prefix": application.route,
-        "import_path": DOOR_IMPORT_PATH if settings is None else APP_IMPORT_PATH,
+        "import_path": _import_path(settings),
         "args": {} if settings is None else settings.model_dump(mode="json", exclude_unset=True),
         "deployments": [
             {
-                "name": DOOR if settings is None else "engine",
+                "name": DOOR if settings is None else deployment_name(application.name),
                 "user_config": application.state.model_dump(mode="json"),
             }
         ],
     }
 
 
+def _import_path(settings: EngineSettings | PoolSettings | None) -> str:
+    if settings is None:
+        return DOOR_IMPORT_PATH
+    return POOL_IMPORT_PATH if isinstance(settings, PoolSettings) else APP_IMPORT_PATH
+
+
 def from_config(config: dict[str, Any]) -> Application | None:
     """The inverse of :func:`as_config`; ``None`` for anything that we would not have written."""
     try:
-        door = config["import_path"] == DOOR_IMPORT_PATH
-        state = config["deployments"][0]["user_config"]
+        path = config["import_path"]
         return Application(
             name=config["name"],
-            route=config["route_prefix"],
-            settings=None if door else EngineSettings.model_validate(config["args"]),
-            state=(DoorState if door else KeyState).model_validate(state),
+            route=config.get("route_prefix"),
+            settings=_settings(path, config["args"]),
+            state=_STATES[path].model_validate(config["deployments"][0]["user_config"]),
         )
     except (KeyError, IndexError, TypeError, ValidationError):
         return None
 
 
+def _settings(path: str, args: dict[str, Any]) -> EngineSettings | PoolSettings | None:
+    if path == DOOR_IMPORT_PATH:
+        return None
+    return (PoolSettings if path == POOL_IMPORT_PATH else EngineSettings).model_validate(args)
+
+
 def _deployed(name: str, details: dict[str, Any]) -> Deployed:
+    application = from_config(details.get("deployed_app_config") or {})
     return Deployed(
         name=name,
-        status=AppStatus(details["status"]),
-        application=from_config(details.get("deployed_app_config") or {}),
+        status=_status(details, application),
+        application=application,
         deployed_at=datetime.fromtimestamp(details.get("last_deployed_time_s") or 0, UTC),
         message=details.get("message") or "",
     )
+
+
+def _status(details: dict[str, Any], application: Application | None) -> AppStatus:
+    """Ray's word, but for one that could not wake: it was up as soon as it was written, asleep.
+
+    Ray then calls it unhealthy and tries no more, as with one that failed to deploy.
+    """
+    status = AppStatus(details["status"])
+    settings = None if application is None else application.settings
+    scales = isinstance(settings, EngineSettings) and not settings.autoscaling.single
+    gone = not any(deployment.get("replicas") for deployment in details.get("deployments", {}).values())
+    return AppStatus.DEPLOY_FAILED if status is AppStatus.UNHEALTHY and scales and gone else status

@@ -10,9 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
+from anamorph.serve.placement import Node
+from anamorph.serve.sizing import Size
 from anamorph.wire.admin import Dtype, Engine, KeyVersionRead, ModelRead, PublicKey
-from anamorph.wire.serving import DoorState, EngineSettings, KeyState, Usage, app_name, route_prefix
+from anamorph.wire.serving import (
+    Cache,
+    DoorState,
+    EngineSettings,
+    KeyState,
+    PoolMember,
+    PoolSettings,
+    PoolState,
+    Usage,
+    app_name,
+    pool_name,
+    route_prefix,
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -37,6 +52,11 @@ class Ref:
         """Path it is served under, without a trailing slash."""
         return route_prefix(self.tenant, self.model, self.version)
 
+    def served_by(self, model: ModelRead) -> str:
+        """Name of the application that serves it: its own, or its model's pool."""
+        pool = model.serving.pool
+        return self.app if pool is None else pool_name(pool)
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -60,6 +80,7 @@ class Desired:
     Args:
         allow_base: prefixes of URLs or folders that base checkpoints may come from.
         serve_url: ``http://host:port`` where Ray Serve listens.
+        pools: for each pool, those of its ``PoolSettings`` that its members do not decide.
     """
 
     versions: tuple[KeyVersionRead, ...]
@@ -69,6 +90,8 @@ class Desired:
     baselines: tuple[Baseline, ...] = ()
     allow_base: tuple[str, ...] = ()
     otlp_endpoint: str | None = None
+    pools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cache: Cache | None = None
 
     def model_of(self, ref: Ref) -> ModelRead | None:
         """The model record of a version; ``None`` if it is not there (yet)."""
@@ -89,12 +112,20 @@ class AppStatus(StrEnum):
 
 @dataclass(frozen=True)
 class Application:
-    """One Ray Serve application as we write it; ``settings`` is ``None`` for the door."""
+    """One Ray Serve application as we write it.
+
+    ``settings`` is ``None`` for the door; ``route`` is ``None`` for what only the door reaches.
+    """
 
     name: str
-    route: str
-    settings: EngineSettings | None
-    state: KeyState | DoorState
+    route: str | None
+    settings: EngineSettings | PoolSettings | None
+    state: KeyState | PoolState | DoorState
+
+    def member(self, ref: Ref) -> PoolMember | None:
+        """A version's entry in a pool."""
+        members = self.state.members if isinstance(self.state, PoolState) else ()
+        return next((m for m in members if Ref(m.tenant, m.model, m.version) == ref), None)
 
 
 @dataclass(frozen=True)
@@ -123,6 +154,7 @@ class Outcome(StrEnum):
     EQUAL = "equal"
     DIFFERENT = "different"
     UNREACHABLE = "unreachable"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -139,7 +171,8 @@ class Observed:
     """What stands on this machine or cluster now.
 
     ``deployed`` is ``None`` while Ray cannot be reached: then nothing is concluded
-    from an application's absence.
+    from an application's absence. ``cluster`` is ``None`` while its nodes are not known, and
+    ``sizes`` holds the models whose size is, by tenant and model.
     """
 
     deployed: Mapping[str, Deployed] | None
@@ -148,11 +181,20 @@ class Observed:
     usage: Mapping[Ref, Usage] = field(default_factory=dict)
     reported: Mapping[Ref, Usage] = field(default_factory=dict)
     deleted: frozenset[Ref] = frozenset()
+    cluster: tuple[Node, ...] | None = None
+    sizes: Mapping[tuple[str, str], Size] = field(default_factory=dict)
 
-    def app(self, ref: Ref) -> Deployed | None:
-        return None if self.deployed is None else self.deployed.get(ref.app)
+    def app(self, ref: Ref, model: ModelRead | None = None) -> Deployed | None:
+        """The application that serves a version: its own, or the pool that it is a member of."""
+        if self.deployed is None:
+            return None
+        if model is None or model.serving.pool is None:
+            return self.deployed.get(ref.app)
+        pool = self.deployed.get(ref.served_by(model))
+        standing = pool.application if pool is not None else None
+        return pool if standing is not None and standing.member(ref) is not None else None
 
-    def running(self, ref: Ref) -> bool:
+    def running(self, ref: Ref, model: ModelRead | None = None) -> bool:
         """Whether the version's application is up and answering."""
-        app = self.app(ref)
+        app = self.app(ref, model)
         return app is not None and app.status is AppStatus.RUNNING

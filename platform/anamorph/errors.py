@@ -11,12 +11,15 @@
     │   ├── MissingTensor
     │   └── WrongShape
     ├── CheckpointError        a checkpoint that cannot be read or written
-    │   └── BaseRefused        a base that is not allowed, or none at all
+    │   ├── BaseRefused        a base that is not allowed, or none at all
+    │   └── FoldInterrupted    a worker died; the same call goes on from what is finished
     ├── ReplicaError
     │   ├── ReplicaRefused     unsigned, altered, foreign or incomplete: one error for all
     │   └── ReplicaExists
+    ├── StoreUnavailable       a replica store that does not answer now
     ├── MaterializationError   the replica does not compute what the base computes
     ├── AuditRefused           an audit log or checkpoint that is forged, damaged or unreadable
+    ├── MixedKeys              a step that would have computed with another key's weights
     ├── StreamInterrupted      a stream that ended without its finish reason
     ├── SetupError             a missing component or setting on this machine
     └── ServiceError           an answer of the key service or an inference endpoint
@@ -83,6 +86,10 @@ class BaseRefused(CheckpointError):
     """A base checkpoint is outside what the operator allows, or is nothing that can be read."""
 
 
+class FoldInterrupted(CheckpointError):
+    """A process that folds has died; what it finished stays, and the same call goes on from there."""
+
+
 class ReplicaError(AnamorphError):
     """Base of errors about encrypted replicas."""
 
@@ -95,12 +102,20 @@ class ReplicaExists(ReplicaError):
     """A replica is already published at this place; it is never overwritten."""
 
 
+class StoreUnavailable(AnamorphError):
+    """A replica store does not answer; it may later, so this says nothing about the replica."""
+
+
 class MaterializationError(AnamorphError):
     """The folded replica does not compute what its base computes."""
 
 
 class AuditRefused(AnamorphError):
     """An audit log or one of its checkpoints is forged, damaged or unreadable."""
+
+
+class MixedKeys(AnamorphError):
+    """A step would have computed with another key's weights; the engine stops rather than answer."""
 
 
 class StreamInterrupted(AnamorphError):

@@ -40,6 +40,7 @@ def make_replica(
     dtype: Dtype = "auto",
     device: str = "cpu",
     max_shard_size: int = MAX_SHARD_SIZE,
+    workers: int = 1,
     progress: Progress = _silent,
 ) -> Materialized:
     """Make a replica of ``base`` under ``key``, publish it as ``name``, and return what to report.
@@ -54,6 +55,7 @@ def make_replica(
         dtype: what the replica will be served in.
         device: torch device of the products.
         max_shard_size: bytes of a shard.
+        workers: processes that fold; the bytes are the same with any number.
         progress: told what is being done.
 
     Raises:
@@ -65,7 +67,16 @@ def make_replica(
     folded = scratch / "replica"
     if not store.exists(name):
         if not _finished(folded, key):
-            fold(base, folded, key, profile, device=device, max_shard_size=max_shard_size, progress=progress)
+            fold(
+                base,
+                folded,
+                key,
+                profile,
+                device=device,
+                max_shard_size=max_shard_size,
+                workers=workers,
+                progress=progress,
+            )
         progress("compare", 0.0)
         checkpoint.compare(base, folded, key, device=device).check()
         progress("publish", 0.0)
@@ -84,6 +95,7 @@ def fold(
     *,
     device: str = "cpu",
     max_shard_size: int = MAX_SHARD_SIZE,
+    workers: int = 1,
     progress: Progress = _silent,
 ) -> ReplicaManifest:
     """Write a signed replica of ``base`` to the new folder ``out``, and verify what was written.
@@ -107,6 +119,7 @@ def fold(
         profile,
         device=device,
         max_shard_size=max_shard_size,
+        workers=workers,
         progress=lambda done, total: progress("fold", done / total),
         finish=finish,
     )

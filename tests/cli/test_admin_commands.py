@@ -129,6 +129,23 @@ def test_a_model_is_created_listed_and_shown(shell: Any) -> None:
     assert "--profile" in wrong.stderr
 
 
+def test_how_a_model_is_served_is_chosen_when_it_is_made(shell: Any) -> None:
+    """Kept as said; what does not go together is refused, by the name of its option where there is one."""
+    options = ("--base", "/base", "--vocab-size", 64, "--context-length", 32)
+    sleeping = ("--min-replicas", 0, "--idle", "15m", "--tensor-parallel", 2)
+    shell("model", "create", shell.tenant, "chat", *options, *sleeping)
+    pooled = ("--placement", "shared", "--pool", "small", "--weight", 2)
+    shell("model", "create", shell.tenant, "more", *options, *pooled)
+    chat, more = (shell.json("model", "show", shell.tenant, name)["serving"] for name in ("chat", "more"))
+    assert (chat["autoscaling"]["min_replicas"], chat["autoscaling"]["idle_s"]) == (0, 900)
+    assert (chat["tensor_parallel"], chat["placement"], chat["pool"]) == (2, "dedicated", None)
+    assert (more["placement"], more["pool"], more["weight"]) == ("shared", "small", 2)
+    create = ("model", "create", shell.tenant, "none", *options)
+    assert "needs a pool" in shell(*create, "--placement", "shared", code=2).stderr
+    assert "--max-replicas" in shell(*create, "--max-replicas", 0, code=2).stderr
+    assert "--idle" in shell(*create, "--idle", "soon", code=2).stderr
+
+
 def test_lists_that_are_empty_say_what_to_do(shell: Any) -> None:
     """The next command, instead of an empty table."""
     assert f"anamorph model create {shell.tenant}" in shell("model", "list", shell.tenant).stdout

@@ -60,7 +60,7 @@ class Remembering(KeyService):
 @pytest.mark.slow
 def test_a_job_stages_a_replica_that_verifies(anamorph: Run, materializing: Any) -> None:
     """Exit 0, STAGED, and what the version record says leads to a replica signed by its key."""
-    done = job(anamorph, materializing.order())
+    done = job(anamorph, materializing.order(workers=2))
     assert done.returncode == 0, done.stderr
     version = materializing.version
     assert version.state is State.STAGED

@@ -104,8 +104,21 @@ def test_shards_have_the_size_that_was_asked_for(
     assert (len(list(out.glob("*.safetensors"))) > 1) == sharded
 
 
+def test_workers_make_the_same_replica(base: Path, key_file: Path, tmp_path: Path) -> None:
+    """Two processes, one manifest: every byte is the same."""
+    made = []
+    for workers in ("1", "2"):
+        options = ("--key", key_file, "--max-shard-size", "20KB", "--workers", workers, "--json")
+        result = call("fold", base, tmp_path / workers, *options)
+        assert result.exit_code == 0, result.output
+        made.append(json.loads(result.stdout)["manifest_sha256"])
+    assert made[0] == made[1]
+    assert len(list((tmp_path / "2").glob("*.safetensors"))) > 1
+
+
 @pytest.mark.parametrize(
-    "options", [("--profile", "mirror"), ("--max-shard-size", "lots"), ("--max-shard-size", "0")]
+    "options",
+    [("--profile", "mirror"), ("--max-shard-size", "lots"), ("--max-shard-size", "0"), ("--workers", "0")],
 )
 def test_a_bad_option_is_wrong_usage(
     base: Path, key_file: Path, tmp_path: Path, options: tuple[str, str]

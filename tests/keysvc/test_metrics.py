@@ -89,6 +89,17 @@ def test_an_unprepared_rotation_waits_for_a_worker(world: World, clock_of: Clock
     assert sample.rotations["pending"] == sample.waiting_s == 50
 
 
+def test_a_drain_that_does_not_end_ages(world: World, clock_of: Clock) -> None:
+    """From the end of a DRAINING version's grace on; before it there is nothing to tell."""
+    world.model()
+    world.active()
+    world.active()
+    clock_of.advance(world.policy.grace_s)
+    assert take_sample(world.service.database, world.clock()).drain_overdue_s == 0
+    clock_of.advance(70)
+    assert take_sample(world.service.database, world.clock()).drain_overdue_s == 70
+
+
 def test_an_empty_service_has_only_zeros(world: World) -> None:
     """Nothing in any table is no error and no gap."""
     sample = take_sample(world.service.database, world.clock())

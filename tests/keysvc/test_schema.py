@@ -14,15 +14,18 @@ import pytest
 from alembic import command
 from sqlalchemy import CheckConstraint, Engine, Index
 from sqlalchemy.exc import DBAPIError
+from sqlmodel import Session
 from tests.keysvc import databases
 from tests.keysvc.databases import engine_of, sql
 from tests.servers.postgres import SUPERUSER, PostgresServer
 
 from anamorph.errors import SetupError
+from anamorph.wire.admin import Serving
 from anamorph.wire.states import TRANSITIONS, State
 from anamorph_keysvc import roles, schema
 from anamorph_keysvc.database import Database
-from anamorph_keysvc.tables import OWNED, Tenant
+from anamorph_keysvc.service.lookup import model_read
+from anamorph_keysvc.tables import OWNED, Model, Tenant
 
 if TYPE_CHECKING:
     from tests.keysvc.conftest import World
@@ -122,6 +125,37 @@ def test_an_upgrade_keeps_the_data(migrator: Engine) -> None:
     for _ in range(2):
         schema.upgrade(migrator)
         assert sql(migrator, "SELECT id FROM tenant") == [("acme",)]
+
+
+def test_models_of_before_are_served_by_the_defaults(migrator: Engine) -> None:
+    """A row from before the column reads as what it was served as; the downgrade takes the column away."""
+    schema.upgrade(migrator, "k003")
+    sql(migrator, "INSERT INTO tenant VALUES (?, ?, ?, ?, ?)", "acme", "", "t-1", "{}", "2030-01-01")
+    sql(
+        migrator,
+        "INSERT INTO model (tenant, id, base, profile, engine, dtype, vocab_size, context_length,"
+        " policy, last_version, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        *("acme", "chat", "b", "rotate", "torch", "auto", 9, 9, "{}", 0, "2030-01-01"),
+    )
+    before = columns_of(migrator, "model")
+    schema.upgrade(migrator)
+    assert columns_of(migrator, "model") == before | {("serving", True)}
+    with Session(migrator) as session:
+        row = session.get(Model, ("acme", "chat"))
+        assert row is not None
+        assert model_read(row).serving == Serving()
+    schema.downgrade(migrator, "k003")
+    assert columns_of(migrator, "model") == before
+
+
+def columns_of(engine: Engine, table: str) -> set[tuple[str, bool]]:
+    """Names, and whether each must have a value, from the catalogue."""
+    query = {
+        "sqlite": f"SELECT name, \"notnull\" = 1 OR pk > 0 FROM pragma_table_info('{table}')",
+        "postgresql": "SELECT attname::text, attnotnull FROM pg_attribute"
+        f" WHERE attrelid = '{table}'::regclass AND attnum > 0 AND NOT attisdropped",
+    }[engine.dialect.name]
+    return {(name, bool(needed)) for name, needed in sql(engine, query)}
 
 
 def test_a_database_of_a_later_release_is_left_alone(migrator: Engine) -> None:

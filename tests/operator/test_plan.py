@@ -25,7 +25,8 @@ from anamorph_operator.actions import (
     Verify,
 )
 from anamorph_operator.applications import REDEPLOY_AFTER, applications
-from anamorph_operator.plan import EXIT_REFUSED, Limits, allowed, plan
+from anamorph_operator.begin import EXIT_REFUSED, Limits, allowed
+from anamorph_operator.plan import plan
 from anamorph_operator.state import AppStatus, Baseline, Check, Deployed, Desired, Job, Observed, Outcome, Ref
 
 Build = Callable[..., KeyVersionRead]
@@ -176,6 +177,14 @@ def test_a_replica_that_answers_otherwise_is_given_up(
     [action] = plan(want, seen, now)
     assert isinstance(action, FailVersion)
     assert action.ref == ref(2)
+
+
+def test_a_replica_that_its_pool_refuses_is_given_up(desired: Want, version: Build, now: datetime) -> None:
+    """At the first probe, instead of twenty: it will not be served whoever asks."""
+    want = desired(version(2, State.STAGED))
+    seen = replace(standing(want, now), checks={Ref("acme", "smol", 2): Check(Outcome.REFUSED, 1, now)})
+    [action] = plan(want, seen, now)
+    assert isinstance(action, FailVersion)
 
 
 def test_a_replica_that_cannot_be_deployed_is_given_up(desired: Want, version: Build, now: datetime) -> None:

@@ -14,11 +14,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from anamorph.wire.admin import KeyVersionRead, Materialized, ModelRead, Probe, RotationPolicy
-from anamorph.wire.serving import KeyState, Usage
+from anamorph.wire.admin import (
+    Autoscaling,
+    KeyVersionRead,
+    Materialized,
+    ModelRead,
+    Probe,
+    RotationPolicy,
+    Serving,
+)
+from anamorph.wire.serving import DoorState, KeyState, PoolState, Usage
 from anamorph.wire.states import GONE, TRANSITIONS, State
 from anamorph_operator import actions as act
-from anamorph_operator.plan import EXIT_REFUSED, plan
+from anamorph_operator.begin import EXIT_REFUSED
+from anamorph_operator.plan import plan
 from anamorph_operator.state import (
     Application,
     AppStatus,
@@ -51,6 +60,9 @@ MODEL = ModelRead(
     policy=POLICY,
     created_at=T0,
 )
+DEDICATED = Serving()
+ASLEEP = Serving(autoscaling=Autoscaling(min_replicas=0))
+SHARED = Serving(placement="shared", pool="small")
 WAITING = {State.PENDING, State.MATERIALIZING, State.STAGED}
 REACHED = AppStatus.RUNNING
 
@@ -64,17 +76,28 @@ class World(RuleBasedStateMachine):
         self.versions: dict[int, KeyVersionRead] = {}
         self.before_suspension: dict[int, State] = {}
         self.apps: dict[str, Deployed] = {}
-        self.in_flight: dict[str, int] = {}
+        self.in_flight: dict[str, int] = {}  # by the version's own name, whatever serves it
+        self.serving = DEDICATED
         self.ray_up = True
         self.context_length = 64
         self.restart_operator()
 
     # -- what the plan sees -------------------------------------------------
 
+    def model(self) -> ModelRead:
+        return MODEL.model_copy(update={"context_length": self.context_length, "serving": self.serving})
+
+    def app_of(self, number: int) -> Deployed | None:
+        """What serves a version now: its application, or its pool once it is a member."""
+        return Observed(deployed=self.apps).app(Ref("acme", "smol", number), self.model())
+
+    def served_by(self, app: Deployed) -> list[int]:
+        return [n for n in self.versions if self.app_of(n) is app]
+
     def desired(self) -> Desired:
         return Desired(
             tuple(self.versions.values()),
-            (MODEL.model_copy(update={"context_length": self.context_length}),),
+            (self.model(),),
             (),
             "http://serve",
             baselines=(Baseline("smol", "/bases/smol", 64),),
@@ -82,8 +105,8 @@ class World(RuleBasedStateMachine):
         )
 
     def observed(self) -> Observed:
-        running = {n for n, app in self.apps.items() if app.status is REACHED} if self.ray_up else set()
-        served = {Ref.of(v) for v in self.versions.values() if Ref.of(v).app in running}
+        running = [a for a in self.apps.values() if a.status is REACHED] if self.ray_up else []
+        served = {Ref.of(self.versions[n]) for app in running for n in self.served_by(app)}
         return Observed(
             deployed=dict(self.apps) if self.ray_up else None,
             jobs=dict(self.jobs),
@@ -103,8 +126,9 @@ class World(RuleBasedStateMachine):
     def in_state(self, *states: State) -> list[int]:
         return [number for number, version in self.versions.items() if version.state in states]
 
-    @initialize()
-    def first(self) -> None:
+    @initialize(serving=st.sampled_from([DEDICATED, ASLEEP, SHARED, SHARED]))
+    def first(self, serving: Serving) -> None:
+        self.serving = serving
         self.rotate()
 
     @precondition(lambda self: len(self.versions) < 6)
@@ -165,19 +189,22 @@ class World(RuleBasedStateMachine):
     def ray_reports(self, data: st.DataObject, status: AppStatus) -> None:
         name = data.draw(st.sampled_from([*self.apps, None]))
         if name is not None and status is not AppStatus.DELETING:
-            self.apps[name] = replace(self.apps[name], status=status)
             if status is not REACHED:
-                self.in_flight.pop(name, None)  # its replica is gone, and with it what it was doing
+                # Its process is gone, and with it what it was doing.
+                for number in self.served_by(self.apps[name]):
+                    self.in_flight.pop(f"acme.smol.v{number}", None)
+            self.apps[name] = replace(self.apps[name], status=status)
 
-    @rule(outcome=st.sampled_from([Outcome.EQUAL, Outcome.EQUAL, Outcome.DIFFERENT, Outcome.UNREACHABLE]))
+    @rule(outcome=st.sampled_from([Outcome.EQUAL, *Outcome]))
     def probe_ends(self, outcome: Outcome) -> None:
         for ref, check in self.checks.items():
             if check.outcome is Outcome.RUNNING:
                 self.checks[ref] = replace(check, outcome=outcome, at=self.now)
 
     def answering(self) -> list[str]:
-        """Applications that take new requests."""
-        return [n for n, a in self.apps.items() if a.status is REACHED and n != "door" and not refuses(a)]
+        """Versions that take new requests."""
+        running = {n: app for n in self.versions if (app := self.app_of(n)) and app.status is REACHED}
+        return [f"acme.smol.v{n}" for n, app in running.items() if not refuses(app, n)]
 
     @rule(data=st.data())
     def request_begins(self, data: st.DataObject) -> None:
@@ -252,7 +279,7 @@ class World(RuleBasedStateMachine):
             case act.Retire(ref):
                 self.retire(ref)
             case act.DeleteReplica(ref):
-                assert ref.app not in self.apps, "files of an application that stands"
+                assert self.app_of(ref.version) is None, "files of a replica that is served"
                 self.deleted.add(ref)
             case act.Destroyed(ref):
                 version = self.versions[ref.version]
@@ -269,7 +296,8 @@ class World(RuleBasedStateMachine):
         wanted = {app.name: app for app in applications}
         assert len(wanted) == len(applications)
         for name in self.apps.keys() - wanted.keys():
-            self.remove(self.apps.pop(name))
+            self.remove(self.apps[name], self.served_by(self.apps[name]))
+            del self.apps[name]
         for name, app in wanted.items():
             standing = self.apps.get(name)
             if standing is None:
@@ -277,17 +305,37 @@ class World(RuleBasedStateMachine):
             else:
                 assert standing.application is not None
                 assert standing.application.settings == app.settings, "replaced in place"
+                assert standing.application.route == app.route, "moved in place"
+                left = [n for n in self.served_by(standing) if self.leaves(n, app)]
+                self.remove(standing, left)
                 self.apps[name] = replace(standing, application=app, deployed_at=self.now)
+        self.check_door(applications)
 
-    def remove(self, app: Deployed) -> None:
-        assert self.in_flight.get(app.name, 0) == 0, "deleted under a running request"
-        if app.status is AppStatus.DEPLOY_FAILED or app.name.startswith("plaintext"):
-            return
-        number = int(app.name.rpartition(".v")[2])
-        assert self.versions[number].state in GONE | {State.FAILED}, "deleted before its key ended"
+    def leaves(self, number: int, app: Application) -> bool:
+        """Whether a pool is written without one of its members."""
+        return isinstance(app.state, PoolState) and app.member(Ref("acme", "smol", number)) is None
+
+    def remove(self, app: Deployed, versions: list[int]) -> None:
+        """An application goes, or a pool's members do."""
+        for number in versions:
+            assert self.in_flight.get(f"acme.smol.v{number}", 0) == 0, "deleted under a running request"
+            if app.status is not AppStatus.DEPLOY_FAILED:
+                assert self.versions[number].state in GONE | {State.FAILED}, "deleted before its key ended"
+
+    def check_door(self, applications: tuple[Application, ...]) -> None:
+        """It forwards to whatever has no route and is there, and to nothing else."""
+        door = applications[0].state
+        assert isinstance(door, DoorState)
+        for route in door.routes:
+            app = self.app_of(route.version)
+            forwarded = app is not None and app.application is not None and app.application.route is None
+            assert (route.app is not None) == forwarded
+            assert route.app is None or app is None or route.app == app.name
 
     def activate(self, ref: Ref) -> None:
-        assert self.apps[ref.app].status is REACHED
+        app = self.app_of(ref.version)
+        assert app is not None
+        assert app.status is REACHED
         assert all(ref.version > number for number in self.in_state(State.ACTIVE))
         for number in self.in_state(State.ACTIVE):
             self.move(number, State.DRAINING, drain_until=self.now + timedelta(seconds=20))
@@ -298,7 +346,9 @@ class World(RuleBasedStateMachine):
         assert deadline is not None
         assert self.now >= deadline
         [active] = self.in_state(State.ACTIVE)
-        assert self.apps[f"acme.smol.v{active}"].status is REACHED, "the only one that answers"
+        app = self.app_of(active)
+        assert app is not None
+        assert app.status is REACHED, "the only one that answers"
         self.move(ref.version, State.RETIRED)
 
     # -- what always holds --------------------------------------------------
@@ -320,15 +370,21 @@ class World(RuleBasedStateMachine):
             self.now += timedelta(seconds=16)
         assert plan(self.desired(), self.observed(), self.now) == []
         assert not self.in_state(*WAITING, State.DESTROY_SCHEDULED)
-        served = {f"acme.smol.v{n}" for n in self.in_state(State.ACTIVE, State.DRAINING, State.SUSPENDED)}
-        assert self.apps.keys() == {"door", "plaintext.smol.v0"} | served
+        served = self.in_state(State.ACTIVE, State.DRAINING, State.SUSPENDED)
+        assert [n for n in self.versions if self.app_of(n)] == served
+        shared = {"shared.small"} if served else set()
+        own = shared if self.serving is SHARED else {f"acme.smol.v{n}" for n in served}
+        assert self.apps.keys() == {"door", "plaintext.smol.v0"} | own
         if self.in_state(State.ACTIVE):
             assert not self.in_state(State.DRAINING)
 
 
-def refuses(app: Deployed) -> bool:
-    state = app.application.state if app.application else None
-    return isinstance(state, KeyState) and state.status == "gone"
+def refuses(app: Deployed, number: int) -> bool:
+    """Whether the engine answers that this version is gone."""
+    assert app.application is not None
+    state = app.application.state
+    entry = state if isinstance(state, KeyState) else app.application.member(Ref("acme", "smol", number))
+    return entry is not None and entry.status == "gone"
 
 
 def artifact(number: int) -> Materialized:

@@ -11,8 +11,16 @@ import httpx
 import pytest
 
 from anamorph import errors
-from anamorph.wire.admin import PublicKey
-from anamorph.wire.serving import DoorState, EngineSettings, KeyState
+from anamorph.serve.placement import Node, Room
+from anamorph.wire.admin import Autoscaling, PublicKey
+from anamorph.wire.serving import (
+    DoorState,
+    EngineSettings,
+    KeyState,
+    PoolMember,
+    PoolSettings,
+    PoolState,
+)
 from anamorph_operator.ray_serve import RayServe, as_config, from_config
 from anamorph_operator.state import Application, AppStatus
 
@@ -25,12 +33,39 @@ ENGINE = Application(
 )
 
 
+SLEEPING = Application(
+    "acme.smol.v2",
+    None,
+    EngineSettings(
+        tenant="acme",
+        model="smol",
+        version=2,
+        replica="file:///r",
+        context_length=64,
+        autoscaling=Autoscaling(min_replicas=0),
+    ),
+    KeyState(),
+)
+MEMBER = PoolMember(
+    tenant="acme",
+    model="smol",
+    version=3,
+    replica="file:///r",
+    key_id="k",
+    public_key="A" * 43 + "=",
+    manifest_sha256="0" * 64,
+)
+POOL = Application(
+    "shared.small", None, PoolSettings(pool="small", context_length=64), PoolState(members=(MEMBER,))
+)
+
+
 def ray(handler: Callable[[httpx.Request], httpx.Response]) -> RayServe:
     http = httpx.AsyncClient(base_url="http://ray", transport=httpx.MockTransport(handler))
     return RayServe(http, "http://127.0.0.1:8000")
 
 
-@pytest.mark.parametrize("application", [DOOR, ENGINE])
+@pytest.mark.parametrize("application", [DOOR, ENGINE, SLEEPING, POOL])
 def test_an_entry_survives_the_way_through_ray(application: Application) -> None:
     """Ray adds fields of its own; what we wrote is read back equal, so nothing is written twice."""
     kept = json.loads(json.dumps(as_config(application))) | {"runtime_env": {}, "host": "0.0.0.0"}
@@ -61,6 +96,40 @@ async def test_status_and_time_are_read() -> None:
     assert (found.status, found.message) == (AppStatus.DEPLOY_FAILED, "no")
     assert found.deployed_at == datetime.fromtimestamp(0, UTC)
     assert found.application == ENGINE
+
+
+@pytest.mark.parametrize(
+    ("application", "replicas", "status"),
+    [
+        (SLEEPING, [], AppStatus.DEPLOY_FAILED),
+        (SLEEPING, [{"state": "STARTING"}], AppStatus.UNHEALTHY),
+        (ENGINE, [], AppStatus.UNHEALTHY),
+    ],
+)
+async def test_what_could_not_wake_has_failed(
+    application: Application, replicas: list[Any], status: AppStatus
+) -> None:
+    """Ray calls it unhealthy and tries no more; one with a replica, or always one, it mends by itself."""
+    details = {
+        "status": "UNHEALTHY",
+        "deployed_app_config": as_config(application),
+        "deployments": {"engine": {"replicas": replicas}},
+    }
+    body = {"applications": {application.name: details}}
+    assert (await ray(lambda _: httpx.Response(200, json=body)).read())[application.name].status is status
+
+
+async def test_nodes_are_asked_of_rays_state_api() -> None:
+    """All of them, not the first hundred that it tells unasked."""
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        node = {"state": "ALIVE", "node_ip": "127.0.0.1", "node_id": "ab", "resources_total": {"CPU": 2.0}}
+        return httpx.Response(200, json={"data": {"result": {"result": [node]}}})
+
+    assert await ray(answer).nodes() == (Node("127.0.0.1/ab", Room(2)),)
+    assert asked == ["http://ray/api/v0/nodes?limit=10000&detail=true"]
 
 
 async def test_the_whole_list_is_written_in_order() -> None:

@@ -186,7 +186,7 @@ class Cluster:
         found = httpx.get(self._api, headers=self.ray.headers(), timeout=30).json()["applications"]
         return dict(found.get(name, {"status": "ABSENT"}))
 
-    def deploy(self, version: int = 1, **args: Any) -> str:
+    def deploy(self, version: int = 1, *, routed: bool = True, **args: Any) -> str:
         """Put one application of ``acme/smol`` on the list and write it; returns its name."""
         name = app_name("acme", "smol", version)
         defaults: dict[str, Any] = {
@@ -200,13 +200,18 @@ class Cluster:
         }
         self.apps[name] = {
             "name": name,
-            "route_prefix": route_prefix("acme", "smol", version),
+            "route_prefix": route_prefix("acme", "smol", version) if routed else None,
             "import_path": APP_IMPORT_PATH,
             "args": {**defaults, **args},
             "deployments": [{"name": "engine", "user_config": {"status": "serving", "jwks": self.jwks}}],
         }
         self.put()
         return name
+
+    def replicas(self, version: int = 1) -> int:
+        """Replicas of a version's engine that Ray has, whatever their state."""
+        deployments = self.state(app_name("acme", "smol", version)).get("deployments", {})
+        return len(deployments["engine"]["replicas"]) if "engine" in deployments else 0
 
     def serve(self, version: int = 1, **args: Any) -> str:
         """``deploy`` and wait until it runs; returns its endpoint."""

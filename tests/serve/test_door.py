@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from anamorph.serve.door import Door, build
+from anamorph.serve.handles import Handles
 from anamorph.serve.proxy import OpenAIShape, middlewares
 from anamorph.wire.serving import DoorState, Route
 
@@ -25,7 +26,7 @@ def http(issuer: Issuer) -> httpx.AsyncClient:
         Route(tenant="acme", model="smol", version=v, key_id="k", status=s)
         for v, s in enumerate(states, start=1)
     ]
-    door = Door(lambda: NOW)
+    door = Door(Handles(), lambda: NOW)
     door.reconfigure(DoorState(jwks=issuer.jwks, routes=tuple(routes)))
     headers = {"Authorization": f"Bearer {issuer.token()}"}
     transport = httpx.ASGITransport(door.app())

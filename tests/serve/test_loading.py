@@ -85,7 +85,7 @@ def test_a_replica_takes_pushed_state_and_reports_its_health() -> None:
 
 
 async def test_a_request_continues_its_callers_trace(serve: Serve) -> None:
-    """The span's parent is the caller's; it names model and key, and holds no ids."""
+    """The span's parent is the caller's, its phases are its children; none holds ids."""
     spans = InMemorySpanExporter()
     observed = telemetry.build("anamorph-test", span_processors=[SimpleSpanProcessor(spans)])
     served = serve()
@@ -94,10 +94,14 @@ async def test_a_request_continues_its_callers_trace(serve: Serve) -> None:
     headers = {**served.headers(), "traceparent": f"00-{trace}-{parent}-01"}
     body = {"prompt": [11, 12, 13], "max_tokens": 4}
     await served.http.post("/v1/completions", json=body, headers=headers)
-    (span,) = spans.get_finished_spans()
+    *phases, span = spans.get_finished_spans()
     observed.shutdown()
     assert span.context is not None
     assert span.parent is not None
+    assert [(phase.name, phase.parent) for phase in phases] == [
+        (name, span.context) for name in ("queue", "prefill", "decode")
+    ]
     assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == (trace, parent)
     assert (span.attributes or {})[telemetry.names.KEY_ID] == KEY_ID
-    assert not re.search(r"\b1[123]\b", str(span.attributes).replace(KEY_ID, ""))
+    told = str([each.attributes for each in (span, *phases)]).replace(KEY_ID, "")
+    assert not re.search(r"\b1[123]\b", told)

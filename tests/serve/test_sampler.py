@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from anamorph.serve.engines.base import Sampling
-from anamorph.serve.engines.sampler import Drawn, _Row, choose, gumbel
+from anamorph.serve.engines.sampler import Drawn, Row, choose, gumbel
 
 MASK = 2**64 - 1
 
@@ -23,8 +23,8 @@ def splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def row(position: int = 0, **options: Any) -> _Row:
-    return _Row(Drawn(Sampling(max_tokens=9, **options), prompt_length=3), position)
+def row(position: int = 0, **options: Any) -> Row:
+    return Row(Drawn(Sampling(max_tokens=9, **options), prompt_length=3), position)
 
 
 def test_noise_is_splitmix64_in_plain_integers() -> None:

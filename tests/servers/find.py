@@ -21,6 +21,7 @@ PACKAGES = {
     "pg_restore": "postgresql-client-15",
     "psql": "postgresql-client-15",
     "promtool": "prometheus",
+    "prometheus": "prometheus",
 }
 
 

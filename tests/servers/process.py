@@ -43,11 +43,13 @@ class Program:
         command: the program and its arguments.
         log: the file to which its output is added.
         environment: its whole environment; ours where None.
+        patience_s: how long it may take to start or to end.
     """
 
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str] | None = None
+    patience_s: float = PATIENCE_S
     _child: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -63,7 +65,7 @@ class Program:
         """Start it and wait until ``ready``; it has ended again where that fails.
 
         Raises:
-            RuntimeError: it ended by itself, or is not ready after 90 s; with the end of its log.
+            RuntimeError: it ended by itself, or is not ready in time; with the end of its log.
         """
         assert not self.running, f"{self.command[0]} runs already"
         # A session of its own: Ctrl-C ends the tests, and these then stop the server in order.
@@ -83,12 +85,12 @@ class Program:
             raise
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Send a signal and wait for the end; after 90 s without one, kill. Twice does no harm."""
+        """Send a signal and wait for the end; where it does not come, kill. Twice does no harm."""
         if self._child is None:
             return
         self._child.send_signal(how)
         try:
-            self._child.wait(PATIENCE_S)
+            self._child.wait(self.patience_s)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
@@ -96,12 +98,12 @@ class Program:
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Wait for something of the running program; RuntimeError as ``start``'s."""
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + self.patience_s
         while not ready():
             if not self.running:
                 raise RuntimeError(self._complaint("ended while it started"))
             if time.monotonic() > end:
-                raise RuntimeError(self._complaint(f"is not ready after {PATIENCE_S:.0f} s"))
+                raise RuntimeError(self._complaint(f"is not ready after {self.patience_s:.0f} s"))
             time.sleep(0.05)
 
     def _environment(self) -> dict[str, str] | None:

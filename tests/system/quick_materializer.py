@@ -8,6 +8,7 @@ file ``lie`` lies in its scratch folder, it expects something else.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,8 @@ def publish(order: dict[str, Any], key: TenantKey, config: dict[str, Any]) -> Ma
         store.delete(name)
     folder = scratch / f"{name}-{order['grant'][-8:]}".replace("/", "-")
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "llama", "vocab_size": config["vocab_size"]})
-    )
+    kept = {name: config[name] for name in ("model_type", "vocab_size", "delay_ms") if name in config}
+    (folder / "config.json").write_text(json.dumps(kept))
     save_file({"w": np.arange(8, dtype=np.float32)}, folder / "model.safetensors")
     tag = keyed_tag(key.subkey("plan"), b"fake")
     identity = Identity(
@@ -60,8 +60,10 @@ def publish(order: dict[str, Any], key: TenantKey, config: dict[str, Any]) -> Ma
     manifest = seal(folder, identity, key.sign)
     off = int((scratch / "lie").exists())
     answers = tuple(tuple(continuation(key.id, p, 4 + off, config["vocab_size"])[off:]) for p in PROMPTS)
+    published = store.publish(folder, name)
+    shutil.rmtree(folder, ignore_errors=True)  # a local store has taken it, another a copy
     return Materialized(
-        replica=store.publish(folder, name),
+        replica=published,
         manifest_sha256=manifest.sha256(),
         probe=Probe(prompts=PROMPTS, expected=answers),
     )

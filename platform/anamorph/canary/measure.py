@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import httpx
 import numpy as np
@@ -63,8 +64,8 @@ def measure(
     began = clock()
     samples: list[tuple[Sample, Sample]] = []
     for number in range(warmup + pairs):
-        prompts = _two_prompts(drawn, vocab_size, prompt_tokens)
-        samples.append(_pair(http, (encrypted, plaintext), prompts, output_tokens, drawn, clock))
+        size = Size(vocab_size, prompt_tokens, output_tokens)
+        samples.append(take_pair(http, (encrypted, plaintext), size, drawn, clock))
         if progress is not None:
             progress(number + 1, warmup + pairs)
     counted = samples[warmup:]
@@ -95,15 +96,35 @@ def _two_prompts(rng: np.random.Generator, vocab_size: int, length: int) -> tupl
     return first, second
 
 
-def _pair(
-    http: httpx.Client,
-    targets: tuple[Target, Target],
-    prompts: tuple[list[int], list[int]],
-    output_tokens: int,
-    rng: np.random.Generator,
-    clock: Clock,
+@dataclass(frozen=True)
+class Size:
+    """Of one pair: ids are below ``vocab_size``, both prompts and both answers have one length."""
+
+    vocab_size: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+def take_pair(
+    http: httpx.Client, targets: tuple[Target, Target], size: Size, rng: np.random.Generator, clock: Clock
 ) -> tuple[Sample, Sample]:
-    """Both requests of one pair, in drawn order; answers (encrypted, plaintext)."""
+    """Both requests of one pair, in drawn order, each with ids of its own.
+
+    Args:
+        http: client with the caller's timeouts.
+        targets: encrypted, plaintext.
+        size: of the pair.
+        rng: source of prompts and order.
+        clock: monotonic seconds.
+
+    Returns:
+        Samples of (encrypted, plaintext).
+
+    Raises:
+        ServiceError: an endpoint refused.
+        StreamInterrupted: an answer was not complete.
+    """
+    prompts = _two_prompts(rng, size.vocab_size, size.prompt_tokens)
     order = (0, 1) if rng.integers(2) else (1, 0)
-    taken = {side: take(http, targets[side], prompts[side], output_tokens, clock) for side in order}
+    taken = {side: take(http, targets[side], prompts[side], size.output_tokens, clock) for side in order}
     return taken[0], taken[1]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from anamorph.checkpoint.evaluate import Evaluator
-from anamorph.checkpoint.reader import CONFIG, GENERATION_CONFIG, Checkpoint
-from anamorph.checkpoint.staging import refuse_existing, staged
-from anamorph.checkpoint.writer import Shard, ShardWriter, lay_out, nbytes, write_index, write_json
-from anamorph.errors import CheckpointError
+from anamorph.checkpoint.reader import CONFIG, GENERATION_CONFIG
+from anamorph.checkpoint.staging import joined, refuse_existing, staged
+from anamorph.checkpoint.work import Count, parted, prepare, tensor_bytes, write_shards
+from anamorph.checkpoint.workers import orders, write_by_workers
+from anamorph.checkpoint.writer import Shard, write_index, write_json
 from anamorph.keys import TenantKey
-from anamorph.plan import Profile, TransformPlan, build_plan
+from anamorph.plan import Profile, TransformPlan
 
 MAX_SHARD_SIZE = 2**29
 """Bytes of a shard, unless the caller says otherwise."""
@@ -51,6 +48,7 @@ def fold(
     *,
     device: str = "cpu",
     max_shard_size: int = MAX_SHARD_SIZE,
+    workers: int = 1,
     progress: Progress | None = None,
     finish: Finish | None = None,
 ) -> FoldReport:
@@ -59,49 +57,115 @@ def fold(
     ``finish`` is called with the complete folder before it gets its name; what it adds
     (a manifest) is published with the rest, and an exception from it publishes nothing.
     A fold that was killed goes on from its last finished shard when it is called again
-    in the same way, and ends with the same bytes.
+    in the same way, and ends with the same bytes. So it does with any number of ``workers``:
+    processes that each write files of their own, as many at most as there are files.
 
     Raises:
         UnsupportedModel: no table covers the checkpoint.
+        FoldInterrupted: a worker was killed; the next call goes on from there.
         CheckpointError: a file cannot be read or written, or another process folds into ``out``.
         ReplicaExists: ``out`` exists.
     """
     base, out = Path(base), Path(out)
     refuse_existing(out)
-    checkpoint = Checkpoint.open(base)
-    plan = build_plan(
-        checkpoint.config, checkpoint.tensors, key, profile, generation_config=checkpoint.generation_config
-    )
-    _check_duplicates(checkpoint, plan)
-    shards = lay_out(plan.steps, max_shard_size)
-    digest = checkpoint.digest()
-    with staged(out, _binding(key, plan, digest, shards)) as folder:
-        resumed = _finished(folder, shards)
-        _write_shards(folder, shards, resumed, Evaluator(checkpoint, plan, device), progress or _silent)
-        _write_configs(folder, plan, shards)
-        report = FoldReport(plan, digest, sum(map(nbytes, plan.steps)), len(resumed))
+    work = prepare(base, key, profile, max_shard_size)
+    digest = work.checkpoint.digest()
+    binding = work.binding(key, digest)
+    with staged(out, binding) as folder:
+        resumed = _finished(folder, work.shards)
+        todo = [shard for shard in work.shards if shard.name not in resumed]
+        count = _counter(tensor_bytes(todo), tensor_bytes(work.shards), progress or _silent)
+        parts = parted(todo, min(workers, len(todo)) or 1)
+        if len(parts) > 1:
+            names = [[shard.name for shard in part] for part in parts]
+            asked = orders(
+                base,
+                folder,
+                names,
+                profile=profile,
+                device=device,
+                max_shard_size=max_shard_size,
+                digest=digest,
+                binding=binding,
+            )
+            write_by_workers(asked, key, count)
+        else:
+            write_shards(folder, todo, Evaluator(work.checkpoint, work.plan, device), count)
+        _write_configs(folder, work.plan, work.shards)
+        report = FoldReport(work.plan, digest, tensor_bytes(work.shards), len(resumed))
         if finish is not None:
             finish(folder, report)
     return report
+
+
+def fold_part(
+    base: Path,
+    out: Path,
+    key: TenantKey,
+    profile: Profile = "rotate",
+    *,
+    index: int,
+    of: int,
+    device: str = "cpu",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> int:
+    """Make part ``index`` of ``of`` of what ``fold`` would write, for ``fold`` to finish.
+
+    Parts may run at the same time, on several machines that share the folder of ``out``. When
+    all are made, ``fold`` with the same arguments takes them up and publishes; a part that is
+    missing it makes itself. Repeated, a part goes on from its finished files.
+
+    Args:
+        base: as ``fold``'s, like all that follow: the same for every part.
+        out: the replica that ``fold`` will publish.
+        key: what the replica is made with.
+        profile: ``rotate`` or ``permute``.
+        device: torch device of the products.
+        max_shard_size: bytes of a file.
+        index: 0 to ``of`` - 1.
+        of: how many parts there are.
+        progress: told of this part's bytes.
+
+    Returns:
+        Files that this call has written.
+
+    Raises:
+        UnsupportedModel, CheckpointError, ReplicaExists: as ``fold``.
+    """
+    if not 0 <= index < of:
+        raise ValueError("a part's index is 0 to of - 1")
+    base, out = Path(base), Path(out)
+    refuse_existing(out)
+    work = prepare(base, key, profile, max_shard_size)
+    with joined(out, work.binding(key, work.checkpoint.digest())) as folder:
+        part = parted(work.shards, of)[index]
+        todo = [shard for shard in part if not _is_finished(folder, shard)]
+        count = _counter(tensor_bytes(todo), tensor_bytes(part), progress or _silent)
+        write_shards(folder, todo, Evaluator(work.checkpoint, work.plan, device), count)
+    return len(todo)
 
 
 def _silent(done: int, total: int) -> None:
     del done, total
 
 
-def _check_duplicates(checkpoint: Checkpoint, plan: TransformPlan) -> None:
-    for name, source in plan.duplicates.items():
-        if not torch.equal(
-            checkpoint.read(name).view(torch.uint8), checkpoint.read(source).view(torch.uint8)
-        ):
-            raise CheckpointError(f"'{name}' differs from '{source}', although the configuration ties them")
+def _counter(todo: int, total: int, progress: Progress) -> Count:
+    """Adds up what is written, whoever writes it."""
+    done = total - todo
+    progress(done, total)
+
+    def count(written: int) -> None:
+        nonlocal done
+        done += written
+        progress(done, total)
+
+    return count
 
 
-def _binding(key: TenantKey, plan: TransformPlan, digest: str, shards: tuple[Shard, ...]) -> str:
-    """One keyed value for everything that the bytes of the replica depend on."""
-    layout = "".join(f"{shard.name} {shard.size}\n" for shard in shards)
-    message = "\n".join([digest, hashlib.sha256(plan.canonical()).hexdigest(), layout])
-    return hmac.new(key.subkey("fold"), message.encode("utf-8"), hashlib.sha256).hexdigest()
+def _is_finished(folder: Path, shard: Shard) -> bool:
+    path = folder / shard.name
+    return path.is_file() and path.stat().st_size == shard.size
 
 
 def _finished(folder: Path, shards: tuple[Shard, ...]) -> Mapping[str, Path]:
@@ -114,29 +178,6 @@ def _finished(folder: Path, shards: tuple[Shard, ...]) -> Mapping[str, Path]:
         else:
             path.unlink()
     return finished
-
-
-def _write_shards(
-    folder: Path,
-    shards: tuple[Shard, ...],
-    finished: Mapping[str, Path],
-    evaluator: Evaluator,
-    progress: Progress,
-) -> None:
-    total = sum(nbytes(step) for shard in shards for step in shard.steps)
-    done = 0
-    progress(done, total)
-    for shard in shards:
-        if shard.name in finished:
-            done += sum(map(nbytes, shard.steps))
-            progress(done, total)
-            continue
-        with ShardWriter(folder, shard) as writer:
-            for step in shard.steps:
-                for piece in evaluator.pieces(step):
-                    writer.write(piece)
-                    done += piece.nbytes
-                    progress(done, total)
 
 
 def _write_configs(folder: Path, plan: TransformPlan, shards: tuple[Shard, ...]) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from anamorph.errors import CheckpointError, ReplicaExists
+from anamorph.errors import CheckpointError, FoldInterrupted, ReplicaExists
 
 JOURNAL = "journal"
 CONTENT = "replica"
@@ -30,15 +31,14 @@ def staged(out: Path, binding: str) -> Iterator[Path]:
         ReplicaExists: ``out`` exists.
         CheckpointError: another process is building ``out``, or a file cannot be written.
     """
-    refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.folding")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = _beside(out)
     with _locked(folder):
         try:
             content = _bound(folder, binding)
             yield content
             _publish(content, out)
+        except FoldInterrupted:
+            raise
         except Exception as error:
             # Work to resume is left by a kill or an interrupt only: an error would be resumed into again.
             shutil.rmtree(folder, ignore_errors=True)
@@ -46,6 +46,31 @@ def staged(out: Path, binding: str) -> Iterator[Path]:
                 raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
             raise
         shutil.rmtree(folder)
+
+
+@contextmanager
+def joined(out: Path, binding: str) -> Iterator[Path]:
+    """Yield the folder that ``staged`` will publish, to fill a part of it beside others who do.
+
+    Raises:
+        ReplicaExists: ``out`` exists.
+        CheckpointError: ``out`` is being finished, parts of another fold lie there,
+            or a file cannot be written.
+    """
+    folder = _beside(out)
+    with _locked(folder, shared=True):
+        try:
+            yield _shared(folder, binding)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def _beside(out: Path) -> Path:
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.folding")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def refuse_existing(out: Path) -> None:
@@ -59,19 +84,19 @@ def refuse_existing(out: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if not _lock(descriptor, folder):
+        if not _lock(descriptor, folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             raise CheckpointError(f"another process is folding into {folder}; wait for it to finish")
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> bool:
+def _lock(descriptor: int, folder: Path, how: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
         # The lock counts only if the folder is still the one that bears the name.
         return os.path.samestat(os.fstat(descriptor), folder.stat())
     except (BlockingIOError, FileNotFoundError):
@@ -83,6 +108,22 @@ def _bound(folder: Path, binding: str) -> Path:
     if not journal.exists() or journal.read_text(encoding="ascii") != binding:
         shutil.rmtree(content, ignore_errors=True)
         journal.write_text(binding, encoding="ascii")
+    content.mkdir(exist_ok=True)
+    return content
+
+
+def _shared(folder: Path, binding: str) -> Path:
+    content, journal = folder / CONTENT, folder / JOURNAL
+    own = folder / f"{JOURNAL}-{uuid.uuid4().hex}"
+    own.write_text(binding, encoding="ascii")
+    try:
+        # A hard link, unlike a rename, fails when another part was faster.
+        os.link(own, journal)
+    except FileExistsError:
+        if journal.read_text(encoding="ascii") != binding:
+            raise CheckpointError(f"{folder} holds parts of another fold; remove it first") from None
+    finally:
+        own.unlink()
     content.mkdir(exist_ok=True)
     return content
 

@@ -6,6 +6,7 @@ frame (header length, JSON header, data) is written here; the library reads it b
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -87,7 +88,7 @@ class ShardWriter:
         self._path = folder / shard.name
         self._part = folder / (shard.name + PARTIAL)
         self._size = shard.size
-        self._file = self._part.open("wb")
+        self._file = _sole(self._part)
         self._file.write(_frame(shard))
 
     def write(self, piece: torch.Tensor) -> None:
@@ -102,16 +103,49 @@ class ShardWriter:
         try:
             if failure is None:
                 self._complete()
+                self._publish()
         finally:
             self._file.close()
-        if failure is None:
-            self._part.rename(self._path)
 
     def _complete(self) -> None:
         self._file.flush()
         if self._file.tell() != self._size:
             raise CheckpointError(f"{self._path.name} has {self._file.tell()} bytes of {self._size}")
         os.fsync(self._file.fileno())
+
+    def _publish(self) -> None:
+        # Closed only afterwards: the lock keeps others from beginning the same file in between.
+        if not _bears(self._file.fileno(), self._part):
+            raise CheckpointError(f"{self._part.name} was taken away while it was written")
+        self._part.rename(self._path)
+
+
+def _sole(path: Path) -> BinaryIO:
+    """An empty file to write, locked against a second process that would write the same one.
+
+    Raises:
+        CheckpointError: there is such a process, or it has just finished.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.fdopen(descriptor, "wb")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Renamed before this one had the lock, it would be the finished file.
+        ours = _bears(descriptor, path)
+    except BlockingIOError:
+        ours = False
+    if not ours:
+        file.close()
+        raise CheckpointError(f"another process writes {path.stem}; wait for it to finish")
+    file.truncate()
+    return file
+
+
+def _bears(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path, content: Any) -> None:

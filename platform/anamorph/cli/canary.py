@@ -1,89 +1,83 @@
-"""``anamorph canary``: what encryption costs, measured on the running system."""
+"""``anamorph canary``: measures what encryption costs, for ever, in low volume."""
 
 from __future__ import annotations
 
+import logging
+import signal
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from anamorph.cli.output import AsJson
 from anamorph.errors import SetupError
 
-if TYPE_CHECKING:
-    from anamorph.canary import OverheadReport, Target
-    from anamorph.wire.keyservice import KeyService
+app = typer.Typer(
+    help="Measure encrypted against plaintext serving, continuously.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
-def canary(
+@app.command()
+def watch(
     keysvc: Annotated[str, typer.Option(help="URL of the key service.")],
     key_file: Annotated[Path, typer.Option(help="File with the platform's API key.")],
-    serve_url: Annotated[str, typer.Option(help="URL of Ray Serve, where the baseline is.")],
-    tenant: Annotated[str, typer.Option(help="Tenant id.")],
-    model: Annotated[str, typer.Option(help="Model id.")],
-    baseline: Annotated[str | None, typer.Option(help="Name of the baseline, if not the model's.")] = None,
-    pairs: Annotated[int, typer.Option(min=2, help="Pairs of requests.")] = 20,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    output_tokens: Annotated[int, typer.Option(min=2)] = 32,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture here (PNG).")] = None,
-    otlp_endpoint: Annotated[
-        str | None,
-        typer.Option(help="Collector to push the ratios to (OTLP over HTTP)."),
-    ] = None,
-    as_json: AsJson = False,
+    serve_url: Annotated[str, typer.Option(help="URL of Ray Serve, where the baselines are.")],
+    baseline: Annotated[
+        list[str], typer.Option(help="MODEL=NAME: another baseline than the model's name; repeatable.")
+    ] = [],  # noqa: B006 - typer copies it
+    every: Annotated[float, typer.Option(min=0.01, help="Seconds between two pairs of one version.")] = 120,
+    length: Annotated[list[int], typer.Option(min=1, help="Prompt lengths in ids, in turn.")] = [16, 64, 256],  # noqa: B006
+    output_tokens: Annotated[int, typer.Option(min=2, help="Ids of every answer.")] = 16,
+    window: Annotated[float, typer.Option(min=1, help="Seconds that a ratio looks back.")] = 12 * 3600,
+    versions: Annotated[int, typer.Option(min=1, help="Versions that are measured at a time.")] = 20,
+    otlp_endpoint: Annotated[str | None, typer.Option(help="Collector of the metrics.")] = None,
 ) -> None:
-    """Measure encrypted against plaintext serving, in turn, with random ids and never one prompt to both."""
+    """Send pairs of random requests until SIGTERM; versions that are not loaded anyway are left alone."""
     import httpx
-    from rich.console import Console
 
-    from anamorph.canary import measure, save_plot, terminal_plot
+    from anamorph.canary import Baselines, Watch, WatchSettings
+    from anamorph.telemetry import setup
     from anamorph.wire.keyservice import KeyService
 
-    with KeyService(keysvc, key_file.read_text("ascii").strip()) as keys, httpx.Client(timeout=120) as http:
-        report = measure(
-            _encrypted(keys, tenant, model),
-            _plaintext(keys, serve_url, baseline or model),
-            model=model,
-            vocab_size=keys.get_model(tenant, model).vocab_size,
-            http=http,
-            pairs=pairs,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-        )
-    if plot is not None:
-        save_plot(report, plot)
-    if otlp_endpoint is not None:
-        _push(report, tenant, otlp_endpoint)
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        Console().print(report.table())
-        typer.echo(terminal_plot(report))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # every request at INFO
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    settings = WatchSettings(
+        every_s=every,
+        lengths=tuple(length),
+        output_tokens=output_tokens,
+        window_s=window,
+        most_versions=versions,
+    )
+    baselines = Baselines(serve_url, dict(_named(text) for text in baseline))
+    observed = setup("anamorph-canary", otlp_endpoint=otlp_endpoint)
+    try:
+        key = key_file.read_text("ascii").strip()
+        with KeyService(keysvc, key) as keys, httpx.Client(timeout=120, trust_env=False) as http:
+            Watch(keys, http, baselines, observed, settings).run(stop)
+    finally:
+        observed.shutdown()
 
 
-def _push(report: OverheadReport, tenant: str, endpoint: str) -> None:
-    from anamorph.telemetry import setup
-
-    telemetry = setup("anamorph-canary", otlp_endpoint=endpoint)
-    report.record(telemetry.meter, tenant=tenant)
-    telemetry.shutdown()
-
-
-def _encrypted(keys: KeyService, tenant: str, model: str) -> Target:
-    from anamorph.canary import Target
-    from anamorph.wire.keyservice import everything
-    from anamorph.wire.states import State
-
-    for version in everything(keys.list_versions, tenant, model):
-        if version.state is State.ACTIVE and version.endpoint is not None:
-            token = keys.inference_token(tenant, model).token
-            return Target(version.endpoint, token, version.key_id)
-    raise SetupError(f"no version of {tenant}/{model} is active: rotate its key and wait until one is")
+def _named(text: str) -> tuple[str, str]:
+    model, separator, name = text.partition("=")
+    if not separator or not model or not name:
+        raise SetupError("a baseline reads MODEL=NAME")
+    return model, name
 
 
-def _plaintext(keys: KeyService, serve_url: str, name: str) -> Target:
-    from anamorph.canary import Target
-    from anamorph.wire.serving import route_prefix
+@app.command()
+def twin(
+    source: Annotated[Path, typer.Argument(help="Folder of the private base, or of its replica.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Make a checkpoint of the same shape with random weights, to serve as baseline of a private base."""
+    from anamorph.canary import twin as make_twin
 
-    endpoint = serve_url.rstrip("/") + route_prefix("plaintext", name, 0)
-    return Target(endpoint, keys.inference_token("plaintext", name).token)
+    make_twin(source, out)
+    typer.echo(f"{out}: name it to the operator as --baseline MODEL={out}")

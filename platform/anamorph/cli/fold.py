@@ -23,6 +23,7 @@ def fold(
     profile: Annotated[Profile, typer.Option(help="permute only moves weights, never rounds.")] = "rotate",
     device: Annotated[str, typer.Option(help="torch device of the products.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Such as 5GB or 512MiB.")] = "512MiB",
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the bytes are the same.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Make an encrypted replica of a model; a killed fold resumes when called again."""
@@ -46,6 +47,7 @@ def fold(
             profile,
             device=device,
             max_shard_size=shard_bytes,
+            workers=workers,
             progress=lambda phase, done: bars.update(task, description=phase, completed=done),
         )
     show(

@@ -49,7 +49,9 @@ COMMANDS = {
     "fold": Entry("Make an encrypted replica of a model.", "fold", "materialize"),
     "replica": Entry("Check a replica against its trust anchor.", "replica", "materialize"),
     "proxy": Entry("Serve the OpenAI API on this machine for an encrypted model.", "proxy", "client"),
-    "canary": Entry("Measure encrypted against plaintext serving, in turn.", "canary"),
+    "overhead": Entry("What does encryption cost? Measure now, or read what the canary found.", "overhead"),
+    "capacity": Entry("Show what the cluster has left, and whether a model fits.", "capacity"),
+    "canary": Entry("Measure encrypted against plaintext serving, continuously.", "canary"),
     "materialize": Entry("Run one materialisation job.", "materialize", "materialize", hidden=True),
 }
 

@@ -48,6 +48,7 @@ class Order(Message):
         base, profile, dtype: from the model record.
         allow_base: the operator's own list of where a base may come from: folders, ``hf://org/``.
         device: torch device of the products.
+        workers: processes that fold.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -64,6 +65,7 @@ class Order(Message):
     dtype: Dtype
     allow_base: tuple[str, ...]
     device: str = "cpu"
+    workers: int = Field(default=1, ge=1)
 
     @property
     def name(self) -> str:
@@ -111,6 +113,7 @@ def run(order: Order, keys: KeyService, now: Callable[[], float] = time.monotoni
         scratch=scratch,
         dtype=order.dtype,
         device=order.device,
+        workers=order.workers,
         progress=report,
     )
     keys.stage(order.tenant, order.model, order.version, made)

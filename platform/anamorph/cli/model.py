@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from anamorph.cli.admin import Connection, Model, Tenant, connected
 from anamorph.cli.output import AsJson, show_record, show_records
+from anamorph.cli.policy import read_value
 from anamorph.wire.admin import ModelCreate
 from anamorph.wire.keyservice import everything
 
@@ -33,15 +34,44 @@ def create(
     vocab_size: Annotated[int, typer.Option(min=2, help="Rows of the embedding.")],
     context_length: Annotated[int, typer.Option(min=1, help="Most tokens of prompt and answer together.")],
     profile: Annotated[str, typer.Option(help="rotate or permute.")] = "rotate",
-    engine: Annotated[str, typer.Option(help="torch or fake.")] = "torch",
+    engine: Annotated[str, typer.Option(help="torch, vllm or fake.")] = "torch",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     tokenizer: TokenizerFolder = None,
+    placement: Annotated[str | None, typer.Option(help="dedicated, or shared with --pool.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Pool whose engine it shares.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Ranks that each layer is cut into.")] = None,
+    pipeline_parallel: Annotated[int | None, typer.Option(help="Ranks that follow each other.")] = None,
+    num_gpus: Annotated[float | None, typer.Option(help="GPUs per rank.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Sequences computed at a time.")] = None,
+    weight: Annotated[float | None, typer.Option(help="Share of its pool, against others'.")] = None,
+    tokens_per_s: Annotated[float | None, typer.Option(help="Bound of ids per second in its pool.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(help="0: idle, it leaves its device.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="Most replicas.")] = None,
+    target: Annotated[float | None, typer.Option(help="Requests per replica before one is added.")] = None,
+    idle: Annotated[str | None, typer.Option(help="How long idle before a replica leaves: 90s, 15m.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Register a model, with the default rotation policy; `anamorph policy set` changes that."""
+    scaling = _given(
+        min_replicas=min_replicas,
+        max_replicas=max_replicas,
+        target_ongoing_requests=target,
+        idle_s=None if idle is None else read_value("idle_s", idle),
+    )
+    serving = _given(
+        placement=placement,
+        pool=pool,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        num_gpus=num_gpus,
+        max_concurrent=max_concurrent,
+        weight=weight,
+        tokens_per_s=tokens_per_s,
+        autoscaling=scaling or None,
+    )
     fields = {"id": model, "base": base, "vocab_size": vocab_size, "context_length": context_length}
     chosen = {"profile": profile, "engine": engine, "dtype": dtype}
-    body = _checked(fields | chosen | _digests(tokenizer))
+    body = _checked(fields | chosen | _digests(tokenizer) | {"serving": serving})
     with connection.keys(tenant, look=f"anamorph model list {tenant}") as keys:
         show_record(keys.create_model(tenant, body), as_json=as_json)
 
@@ -51,7 +81,18 @@ def _checked(fields: dict[str, Any]) -> ModelCreate:
         return ModelCreate.model_validate(fields)
     except ValidationError as error:
         [first, *_] = error.errors()
-        raise typer.BadParameter(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise typer.BadParameter(f"{_option(first['loc'])}{first['msg']}") from None
+
+
+def _option(place: tuple[int | str, ...]) -> str:
+    """The option of a field; nothing for what concerns several of them together."""
+    names = [str(part) for part in place if part not in ("serving", "autoscaling")]
+    spelled = {"target_ongoing_requests": "target", "idle_s": "idle"}
+    return "".join(f"--{spelled.get(name, name).replace('_', '-')}: " for name in names)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _digests(tokenizer: Path | None) -> dict[str, str | None]:

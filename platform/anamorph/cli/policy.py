@@ -57,7 +57,7 @@ def patch_of(changes: list[str]) -> RotationPolicyPatch:
         if not separator or name not in RotationPolicyPatch.model_fields or name in fields:
             known = ", ".join(RotationPolicyPatch.model_fields)
             raise typer.BadParameter(f"{change!r}: write NAME=VALUE, each name once, of {known}")
-        fields[name] = _value(name, value)
+        fields[name] = read_value(name, value)
     try:
         return RotationPolicyPatch.model_validate(fields)
     except ValidationError as error:
@@ -65,7 +65,8 @@ def patch_of(changes: list[str]) -> RotationPolicyPatch:
         raise typer.BadParameter(f"{first['loc'][0]}: {first['msg']}") from None
 
 
-def _value(name: str, text: str) -> Any:
+def read_value(name: str, text: str) -> Any:
+    """The value of a field: a number, a duration where the name ends in ``_s``, or the text as it is."""
     if text == OFF:
         return None
     found = _DURATION.fullmatch(text)

@@ -41,7 +41,7 @@ def write(path: Path, key: StoredKey) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(_encode(key))
+            file.write(encode(key))
             file.flush()
             os.fsync(file.fileno())
         _publish(staged, path)
@@ -129,7 +129,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _encode(key: StoredKey) -> bytes:
+def encode(key: StoredKey) -> bytes:
+    """The content of a key file."""
     fields = {
         "format": FORMAT,
         "key_id": str(key.key_id),

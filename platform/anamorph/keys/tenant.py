@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Self, SupportsIndex
@@ -169,6 +170,28 @@ class TenantKey(_Secret):
             FileExistsError: ``path`` exists; a key is never overwritten.
         """
         keyfile.write(Path(path), keyfile.StoredKey(self._identity, self._secret))
+
+    def hand_over(self, pipe: int) -> None:
+        """Write this key into a pipe, for a process of our own that reads its other end.
+
+        Raises:
+            InvalidKey: the descriptor is no pipe; a key is written to nothing that lasts.
+        """
+        if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+            raise InvalidKey("a key is handed over through a pipe only")
+        os.write(pipe, keyfile.encode(keyfile.StoredKey(self._identity, self._secret)))
+
+    @classmethod
+    def take_over(cls, pipe: int) -> Self:
+        """Read a key that ``hand_over`` wrote, to the pipe's end, and close it.
+
+        Raises:
+            InvalidKey: something else came.
+        """
+        with os.fdopen(pipe, "rb") as file:
+            stored = keyfile.decode(file.read(keyfile.MAX_BYTES + 1))
+        identity = stored.key_id
+        return cls(stored.root, identity.tenant, identity.model, identity.version)
 
     @property
     def vocab_kcv(self) -> str:

@@ -3,21 +3,31 @@
 Nothing here knows a key: signing functions and trust anchors are passed in.
 """
 
+from anamorph.replica.cache import Cache
+from anamorph.replica.held import Held, hold
 from anamorph.replica.manifest import CHUNK, FORMAT, MANIFEST, FileEntry, Identity, ReplicaManifest, keyed_tag
+from anamorph.replica.ranged import RangedReplica
 from anamorph.replica.seal import build_manifest, seal, sign
 from anamorph.replica.store import Store, fetch
+from anamorph.replica.tensors import StoredTensor, Tensors
 from anamorph.replica.verify import verify
 
 __all__ = [
     "CHUNK",
     "FORMAT",
     "MANIFEST",
+    "Cache",
     "FileEntry",
+    "Held",
     "Identity",
+    "RangedReplica",
     "ReplicaManifest",
     "Store",
+    "StoredTensor",
+    "Tensors",
     "build_manifest",
     "fetch",
+    "hold",
     "keyed_tag",
     "seal",
     "sign",

@@ -13,9 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from anamorph.errors import ReplicaRefused
+from anamorph.errors import AnamorphError, ReplicaRefused, StoreUnavailable
 from anamorph.replica.location import local_path, remote_path
 from anamorph.replica.manifest import CHUNK, MANIFEST, is_replica_file
+
+ANSWER_TIMEOUT_S = 30.0
+"""Longest wait for one answer of an object store: a listing, or 4 MiB."""
 
 
 class Folder(Protocol):
@@ -27,6 +30,9 @@ class Folder(Protocol):
     def chunks(self, name: str) -> Iterator[bytes]:
         """The file's content in pieces of 4 MiB, the last one shorter."""
 
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop`` of one file; fewer where it ends before."""
+
 
 @contextlib.contextmanager
 def open_folder(location: str | os.PathLike[str]) -> Iterator[Folder]:
@@ -34,6 +40,7 @@ def open_folder(location: str | os.PathLike[str]) -> Iterator[Folder]:
 
     Raises:
         ReplicaRefused: there is no such folder, or it cannot be read.
+        StoreUnavailable: the object store does not answer.
     """
     path = local_path(location)
     if path is None:
@@ -52,6 +59,21 @@ def _reading() -> Iterator[None]:
         raise ReplicaRefused(
             f"the replica cannot be read: {error.strerror or type(error).__name__}"
         ) from error
+
+
+@contextlib.contextmanager
+def _reading_store() -> Iterator[None]:
+    """What is missing or forbidden is no replica; anything else that a store says may be over in a minute."""
+    try:
+        yield
+    except AnamorphError:
+        raise
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        reason = error.strerror or type(error).__name__
+        raise ReplicaRefused(f"the replica cannot be read: {reason}") from error
+    except Exception as error:  # noqa: BLE001 - file systems have errors of their own, few of them OSError
+        # Without the cause: its text may quote a signed URL.
+        raise StoreUnavailable(f"the replica store does not answer: {type(error).__name__}") from None
 
 
 class LocalFolder:
@@ -80,16 +102,26 @@ class LocalFolder:
         return [name for name, _ in found]
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        check_name(name)
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with _reading(), os.fdopen(os.open(name, flags, dir_fd=self._descriptor), "rb", buffering=0) as file:
+        with self._open(name) as file:
             before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise ReplicaRefused(f"{name} is not a plain file")
             while chunk := _read_chunk(file):
                 yield chunk
             if _state(os.fstat(file.fileno())) != _state(before):
                 raise ReplicaRefused(f"{name} changed while it was read")
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        with self._open(name) as file:
+            file.seek(start)
+            return _read_up_to(file, stop - start)
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        check_name(name)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with _reading(), os.fdopen(os.open(name, flags, dir_fd=self._descriptor), "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ReplicaRefused(f"{name} is not a plain file")
+            yield file
 
 
 class RemoteFolder:
@@ -102,8 +134,8 @@ class RemoteFolder:
     def names(self) -> list[str]:
         # The listing must not come from fsspec's cache: another process may have published since.
         self._fs.invalidate_cache()
-        with _reading():
-            found = sorted(self._fs.ls(self._path, detail=True), key=lambda entry: str(entry["name"]))
+        with _reading_store():
+            found = sorted(self._ask("ls", self._path, detail=True), key=lambda entry: str(entry["name"]))
         names = [str(entry["name"]).rsplit("/", 1)[-1] for entry in found]
         for name, entry in zip(names, found, strict=True):
             check_name(name)
@@ -113,9 +145,24 @@ class RemoteFolder:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         check_name(name)
-        with _reading(), self._fs.open(f"{self._path}/{name}", "rb", block_size=CHUNK) as file:
-            while chunk := _read_chunk(file):
-                yield chunk
+        with _reading_store():
+            size = int(self._ask("info", f"{self._path}/{name}")["size"])
+        for start in range(0, size, CHUNK):
+            yield self.read(name, start, min(start + CHUNK, size))
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        check_name(name)
+        with _reading_store():
+            return bytes(self._ask("cat_file", f"{self._path}/{name}", start=start, end=stop))
+
+    def _ask(self, method: str, *args: Any, **options: Any) -> Any:
+        from fsspec.asyn import sync
+
+        if not self._fs.async_impl:
+            return getattr(self._fs, method)(*args, **options)
+        # Not through the synchronous twin, which would wait for ever.
+        asked = getattr(self._fs, f"_{method}")
+        return sync(self._fs.loop, asked, *args, timeout=ANSWER_TIMEOUT_S, **options)
 
 
 def check_name(name: str) -> None:
@@ -146,9 +193,13 @@ def join_small(name: str, chunks: Iterable[bytes], limit: int) -> bytes:
 
 
 def _read_chunk(file: Any) -> bytes:
-    """Exactly one chunk, or what is left: raw reads may return less than was asked for."""
+    """Exactly one chunk, or what is left."""
+    return _read_up_to(file, CHUNK)
+
+
+def _read_up_to(file: Any, missing: int) -> bytes:
+    """Exactly so many bytes, or what is left: raw reads may return less than was asked for."""
     parts = []
-    missing = CHUNK
     while missing and (part := file.read(missing)):
         parts.append(part)
         missing -= len(part)

@@ -37,12 +37,13 @@ def verify(
         ReplicaRefused: unsigned, altered, foreign, incomplete, or holding more than it should.
         InvalidKey: ``public_key`` is not an Ed25519 public key.
     """
-    anchor = _anchor(public_key)
+    _anchor(public_key)
     with open_folder(location) as folder:
         names = folder.names()
-        manifest = _signed_manifest(folder, names, anchor)
-        _check_pins(manifest, key_id, manifest_sha256)
-        _check_names(names, manifest)
+        if MANIFEST not in names:
+            raise ReplicaRefused(f"there is no {MANIFEST}: this is not a replica")
+        manifest = trusted_manifest(folder, public_key, key_id=key_id, manifest_sha256=manifest_sha256)
+        check_names(names, manifest)
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry)
         if folder.names() != names:
@@ -56,14 +57,22 @@ def _anchor(public_key: bytes) -> Ed25519PublicKey:
     return Ed25519PublicKey.from_public_bytes(public_key)
 
 
-def _signed_manifest(folder: Folder, names: list[str], anchor: Ed25519PublicKey) -> ReplicaManifest:
-    if MANIFEST not in names:
-        raise ReplicaRefused(f"there is no {MANIFEST}: this is not a replica")
+def trusted_manifest(
+    folder: Folder, public_key: bytes, *, key_id: str | None, manifest_sha256: str | None
+) -> ReplicaManifest:
+    """The folder's manifest, if it is signed and the one that is expected; no other file is read.
+
+    Raises:
+        ReplicaRefused: unsigned, altered, or another one.
+        InvalidKey: ``public_key`` is not an Ed25519 public key.
+    """
+    anchor = _anchor(public_key)
     manifest = ReplicaManifest.from_bytes(read_small(folder, MANIFEST, MAX_MANIFEST))
     try:
         anchor.verify(b64decode(manifest.signature), manifest.signed_bytes())
     except InvalidSignature:
         raise ReplicaRefused("the manifest is not signed by the key of this version") from None
+    _check_pins(manifest, key_id, manifest_sha256)
     return manifest
 
 
@@ -74,7 +83,8 @@ def _check_pins(manifest: ReplicaManifest, key_id: str | None, manifest_sha256: 
         raise ReplicaRefused("the manifest is signed, but is not the one in the version record")
 
 
-def _check_names(names: list[str], manifest: ReplicaManifest) -> None:
+def check_names(names: list[str], manifest: ReplicaManifest) -> None:
+    """Refuse a listing that is not exactly what the manifest says."""
     present, listed = set(names) - {MANIFEST}, set(manifest.files)
     for name in sorted(listed - present):
         raise ReplicaRefused(f"{name} is missing")

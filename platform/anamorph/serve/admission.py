@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from anamorph.errors import TooManyRequests
@@ -16,10 +16,14 @@ class Admission:
     Args:
         places: sequences that may be queued or computed at once; further requests get 429.
         source: name of this process in usage reports, unique per start.
+        retry_after: seconds after which a refused request may come again.
     """
 
-    def __init__(self, places: int, source: str | None = None) -> None:
+    def __init__(
+        self, places: int, source: str | None = None, *, retry_after: Callable[[], float] = lambda: 1
+    ) -> None:
         self._places = places
+        self._retry_after = retry_after
         self._source = source or uuid.uuid4().hex
         self._sequences = 0
         self._requests = 0
@@ -33,7 +37,7 @@ class Admission:
             TooManyRequests: they are taken.
         """
         if self._sequences + sequences > self._places:
-            raise TooManyRequests("the queue is full", code="overloaded", retry_after=1)
+            raise TooManyRequests("the queue is full", code="overloaded", retry_after=self._retry_after())
         self._sequences += sequences
         self._requests += 1
         try:

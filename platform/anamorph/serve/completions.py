@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from anamorph.errors import ServiceError, Unavailable
+from anamorph.serve import forward
 from anamorph.serve.answers import JSON
 from anamorph.serve.endpoint import Endpoint
 from anamorph.serve.engines.base import Token
@@ -54,6 +55,7 @@ class Answer:
         self._id = completion_id
         self._created = int(endpoint.clock())
         self._completion_tokens = 0
+        self._scope: Scope = {}
         key_id = endpoint.settings.key_id
         self.headers = {} if key_id is None else {KEY_ID_HEADER: key_id}
 
@@ -66,7 +68,8 @@ class Answer:
         endpoint, call = self.endpoint, self.call
         stack.enter_context(endpoint.admission.admit(len(call.jobs)))
         timer = stack.enter_context(endpoint.observing(request, call.prompt_tokens))
-        endpoint.admission.count(call.prompt_tokens)
+        self._scope = request.scope
+        self._count(call.prompt_tokens)
         tokens = generate(endpoint.engine, call.jobs, endpoint.settings.request_timeout_s)
         return self._counted(await stack.enter_async_context(aclosing(tokens)), timer)
 
@@ -74,10 +77,16 @@ class Answer:
         self, tokens: AsyncGenerator[Indexed, None], timer: RequestTimer
     ) -> AsyncIterator[Indexed]:
         async for indexed in tokens:
+            if indexed[1].began is not None:
+                timer.computing(indexed[1].began)
             timer.token()
             self._completion_tokens += 1
-            self.endpoint.admission.count(1)
+            self._count(1)
             yield indexed
+
+    def _count(self, ids: int) -> None:
+        self.endpoint.admission.count(ids)
+        forward.count(self._scope, ids)
 
     async def whole(self, tokens: AsyncIterator[Indexed]) -> Completion:
         """Collect everything into one message."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
 from starlette.types import ASGIApp
 
 from anamorph import telemetry
+from anamorph.serve import scaling
+from anamorph.serve.coldstart import ColdStart
 from anamorph.serve.endpoint import Endpoint
+from anamorph.serve.engines.ranks import bundles, cores, own_ranks, placed_ranks
+from anamorph.serve.forward import Begin, Forwarded, Served, respond
 from anamorph.serve.loading import open_engine
 from anamorph.serve.openai_api import build_app
+from anamorph.serve.placement import ray_resources
 from anamorph.wire.serving import EngineSettings, KeyState
 
 DEPLOYMENT = "engine"
@@ -28,13 +34,21 @@ class EngineReplica:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         parsed = EngineSettings.model_validate(settings)
-        engine = open_engine(parsed, threads=_threads())
+        start = ColdStart()
+        engine = open_engine(parsed, threads=cores(), start=start)
         observed = telemetry.setup("anamorph-engine", otlp_endpoint=parsed.otlp_endpoint)
-        self._endpoint = Endpoint(parsed, engine, observed)
+        self._endpoint = Endpoint(parsed, engine, observed, start=start)
+        self._app = build_app(self._endpoint)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray once the constructor is through."""
-        return build_app(self._endpoint)
+        return self._app
+
+    async def forward(self, request: Forwarded) -> AsyncGenerator[Begin | Served | bytes, None]:
+        """Answer a request that came by the door; closing the generator cancels it."""
+        async with aclosing(respond(self._app, request)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over the key state that the operator pushed, without a restart."""
@@ -46,9 +60,19 @@ class EngineReplica:
             raise RuntimeError("the engine does not compute")
 
 
-def _threads() -> int:
-    # Ray sets OMP_NUM_THREADS to a replica's share of logical CPUs, which says nothing of cores.
-    return int(os.environ.get("ANAMORPH_ENGINE_THREADS", len(os.sched_getaffinity(0))))
+def _ranks(settings: EngineSettings) -> dict[str, Any]:
+    """One placement group for all ranks of a replica, on as few nodes as hold it."""
+    if placed_ranks(settings) == 1:
+        return {}
+    return {"placement_group_bundles": bundles(settings), "placement_group_strategy": "PACK"}
+
+
+def _max_ongoing(settings: EngineSettings) -> int:
+    if settings.autoscaling.max_replicas > 1:
+        # Beyond what a replica computes at once, another one is better than its queue.
+        return settings.max_concurrent
+    # Ray's bound lies above ours: ours answers 429 in OpenAI's shape, Ray's would queue.
+    return settings.max_concurrent + settings.max_queued + SPARE_REQUESTS
 
 
 def deployment(settings: EngineSettings) -> Any:
@@ -56,9 +80,9 @@ def deployment(settings: EngineSettings) -> Any:
     return serve.deployment(
         serve.ingress()(EngineReplica),
         name=DEPLOYMENT,
-        num_replicas=1,
-        # Ray's bound lies above ours: ours answers 429 in OpenAI's shape, Ray's would queue.
-        max_ongoing_requests=settings.max_concurrent + settings.max_queued + SPARE_REQUESTS,
+        **_ranks(settings),
+        **scaling.options(settings.autoscaling),
+        max_ongoing_requests=_max_ongoing(settings),
         # A replica that is refused once is refused again; the operator decides what follows.
         max_constructor_retry_count=2,
         health_check_period_s=2,
@@ -67,7 +91,9 @@ def deployment(settings: EngineSettings) -> Any:
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
         ray_actor_options={
-            "num_cpus": 1 if settings.engine == "torch" else 0.1,
-            "num_gpus": settings.num_gpus,
+            "num_cpus": 0.1 if settings.engine == "fake" else 1,
+            # vLLM's own workers take the GPUs of the group, its replica none.
+            "num_gpus": settings.num_gpus if own_ranks(settings) == placed_ranks(settings) else 0,
+            "resources": ray_resources(settings),
         },
     )

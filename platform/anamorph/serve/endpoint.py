@@ -15,6 +15,7 @@ from anamorph import telemetry
 from anamorph.errors import ServiceError
 from anamorph.serve.admission import Admission
 from anamorph.serve.auth import TokenVerifier
+from anamorph.serve.coldstart import ColdStart
 from anamorph.serve.engines.base import Engine, Load
 from anamorph.serve.requests import Limits
 from anamorph.wire.serving import EngineSettings, KeyState
@@ -30,7 +31,9 @@ class Endpoint:
         engine: loaded and verified.
         observed: telemetry of this process.
         clock: seconds since the epoch.
+        start: how the engine came to be; its phases are recorded here.
         entropy: ``entropy(bits)`` gives a random number; seeds sampling that names no seed.
+        gauges: tell of the engine's load; an engine of many endpoints does that itself.
     """
 
     def __init__(
@@ -39,8 +42,10 @@ class Endpoint:
         engine: Engine,
         observed: telemetry.Telemetry,
         *,
+        start: ColdStart | None = None,
         clock: Callable[[], float] = time.time,
         entropy: Callable[[int], int] = secrets.randbits,
+        gauges: bool = True,
     ) -> None:
         self.settings = settings
         self.engine = engine
@@ -59,7 +64,11 @@ class Endpoint:
         self.created = int(clock())
         self._entropy = entropy
         self.reconfigure(KeyState())
-        self._observe_load()
+        if gauges:
+            self._observe_load()
+        self._start = start or ColdStart()
+        self._start.observe(observed.meter, self.metrics.attributes)
+        self._start.trace(observed.tracer, self.metrics.attributes)
 
     @property
     def fingerprint(self) -> str:
@@ -92,6 +101,8 @@ class Endpoint:
             raise
         finally:
             timer.finish(outcome, input_tokens=prompt_tokens)
+            self._start.first_token(timer.phases())
+            telemetry.traces.record_phases(self.telemetry.tracer, span, timer.phases(), self.metrics.clock())
             span.set_attributes({**self.metrics.attributes, telemetry.names.KEY_ID: self.fingerprint})
             if outcome != telemetry.OK:
                 span.set_attribute(telemetry.names.ERROR_TYPE, outcome)

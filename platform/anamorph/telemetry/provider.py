@@ -8,6 +8,7 @@ tests) do not see each other's numbers.
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -27,6 +28,9 @@ from anamorph.telemetry.guard import ALLOWED, RESOURCE_ALLOWED, GuardedProcessor
 
 _SCOPE = "anamorph"
 _EXPORT_TIMEOUT_S = 3.0
+# Series of one instrument in one process. Tenants are bounded far below (``metrics.Tenants``); whatever
+# else goes wrong ends in one series that says so: otel.metric.overflow="true".
+SERIES_LIMIT = 2000
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,17 @@ def build(
     span_processors: Sequence[SpanProcessor] = (),
     metric_readers: Sequence[MetricReader] = (),
 ) -> Telemetry:
-    """Make a fresh ``Telemetry`` around the given processors and readers."""
-    known = {"service.name": service, "service.version": version("anamorph"), **(resource or {})}
+    """Make a fresh ``Telemetry`` around the given processors and readers.
+
+    Without a ``service.instance.id`` it gets a random one: a collector that hears two processes
+    of one service would take the second's series for the first's.
+    """
+    known = {
+        "service.name": service,
+        "service.version": version("anamorph"),
+        "service.instance.id": uuid.uuid4().hex,
+        **(resource or {}),
+    }
     described = Resource(clean(known, RESOURCE_ALLOWED))
     registry = CollectorRegistry()
     page = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=registry)
@@ -72,7 +85,9 @@ def build(
         exemplar_filter=AlwaysOffExemplarFilter(),
         # One view for every instrument; a second one that matches would emit a
         # second stream, so histograms bring their buckets along themselves.
-        views=[View(instrument_name="*", attribute_keys=set(ALLOWED))],
+        views=[
+            View(instrument_name="*", attribute_keys=set(ALLOWED), aggregation_cardinality_limit=SERIES_LIMIT)
+        ],
     )
     tracers = TracerProvider(resource=described)
     for processor in span_processors:

@@ -28,7 +28,7 @@ from anamorph.wire.states import State
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Profile = Literal["permute", "rotate"]
-Engine = Literal["torch", "fake"]
+Engine = Literal["torch", "vllm", "fake"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$", max_length=1024)]
 
@@ -120,6 +120,71 @@ class RotationPolicyPatch(Message):
     jitter: Real | None = None
 
 
+class Autoscaling(Message):
+    """How many replicas of a dedicated model there are, by what is being answered.
+
+    Args:
+        min_replicas: 0 lets an idle model leave its device; the door holds the next request.
+        target_ongoing_requests: per replica; more are started above it.
+        idle_s: seconds without a request after which a replica leaves.
+    """
+
+    min_replicas: Int = Field(default=1, ge=0, le=1000)
+    max_replicas: Int = Field(default=1, ge=1, le=1000)
+    target_ongoing_requests: Real = Field(default=8, gt=0, le=100_000)
+    idle_s: Real = Field(default=300, gt=0, le=LONGEST_S)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas must be at least min_replicas, {self.min_replicas}")
+        return self
+
+    @property
+    def single(self) -> bool:
+        """Whether there is always exactly one replica, which can have a route of its own."""
+        return self.min_replicas == self.max_replicas == 1
+
+
+class Serving(Message):
+    """How a model is served; fixed with its record.
+
+    Args:
+        placement: ``dedicated``, an engine of its own, or ``shared``, a slot in ``pool``.
+        tensor_parallel, pipeline_parallel: ranks, as serving engines call them.
+        num_gpus: per rank.
+        max_concurrent: sequences of this model that are computed at a time.
+        weight: share of a pool, against its other members'.
+        tokens_per_s: bound of ids computed per second in a pool; none by default.
+    """
+
+    placement: Literal["dedicated", "shared"] = "dedicated"
+    pool: Label | None = None
+    tensor_parallel: Int = Field(default=1, ge=1, le=1024)
+    pipeline_parallel: Int = Field(default=1, ge=1, le=1024)
+    autoscaling: Autoscaling = Autoscaling()
+    num_gpus: Real = Field(default=0, ge=0, le=1024)
+    max_concurrent: Int = Field(default=16, ge=1, le=4096)
+    weight: Real = Field(default=1, gt=0, le=1000)
+    tokens_per_s: Real | None = Field(default=None, gt=0, le=10**9)
+
+    @model_validator(mode="after")
+    def _fits_its_placement(self) -> Self:
+        if self.placement == "shared":
+            self._check_shared()
+        elif self.pool is not None or self.weight != 1 or self.tokens_per_s is not None:
+            raise ValueError("pool, weight and tokens_per_s need placement 'shared'")
+        return self
+
+    def _check_shared(self) -> None:
+        if self.pool is None:
+            raise ValueError("placement 'shared' needs a pool")
+        if self.tensor_parallel > 1 or self.pipeline_parallel > 1:
+            raise ValueError("a pool has one process: tensor_parallel and pipeline_parallel must be 1")
+        if self.autoscaling != Autoscaling():
+            raise ValueError("a pool is always on: autoscaling needs placement 'dedicated'")
+
+
 class ModelCreate(Message):
     """A model to be served in the tenant's coordinates.
 
@@ -141,6 +206,7 @@ class ModelCreate(Message):
     tokenizer_digest: Digest | None = None
     chat_template_digest: Digest | None = None
     policy: RotationPolicy = RotationPolicy()
+    serving: Serving = Serving()
 
 
 class ModelRead(ModelCreate):

@@ -118,6 +118,8 @@ class _Starter:
         await_active(self._home, url, self._plan.tenants, report, self._plan.timeout_s)
         for tenant in self._plan.proxies:
             self._start_proxy(tenant, url, ports[tenant])
+        if self._plan.baseline and self._plan.otlp_endpoint is not None:
+            self._start_canary(url)
         self._keep(replace(self._state, ready=True))
         return self._state
 
@@ -174,6 +176,11 @@ class _Starter:
     def _telemetry(self) -> list[str]:
         endpoint = self._plan.otlp_endpoint
         return [] if endpoint is None else [f"--otlp-endpoint={endpoint}"]
+
+    def _start_canary(self, url: str) -> None:
+        options = {"keysvc": url, "key-file": self._home.platform_key, "serve-url": self._state.urls["serve"]}
+        flags = [f"--{option}={value}" for option, value in options.items()]
+        self._spawn("canary", "anamorph.cli", "canary", "watch", *flags, *self._telemetry())
 
     def _start_proxy(self, tenant: str, url: str, port: int) -> None:
         self._say(f"starting {tenant}'s local OpenAI proxy")

@@ -27,7 +27,8 @@ from anamorph.client.proxy.guard import Guard
 from anamorph.client.proxy.served import Models
 from anamorph.client.proxy.settings import ProxySettings
 from anamorph.client.proxy.sse import EventStream, event, until_disconnect
-from anamorph.telemetry import names, setup, traces
+from anamorph.client.proxy.timed import timed
+from anamorph.telemetry import InferenceMetrics, names, setup, traces
 from anamorph.wire.inference import CompletionUsage
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def create_app(settings: ProxySettings, models: Models | None = None) -> Starlet
 async def _lifespan(app: Starlette, *, settings: ProxySettings, models: Models | None) -> AsyncIterator[None]:
     opened = models or await Models.open(settings)
     telemetry = setup("anamorph-proxy", otlp_endpoint=settings.otlp_endpoint)
-    app.state.models, app.state.settings, app.state.tracer = opened, settings, telemetry.tracer
+    app.state.models, app.state.settings, app.state.telemetry = opened, settings, telemetry
     try:
         yield
     finally:
@@ -132,7 +133,7 @@ async def _http_error(request: Request, error: Exception) -> Response:  # noqa: 
 async def _respond(
     request: Request, wanted: requests.Request, events: Events, shape: shapes.Shape
 ) -> Response:
-    span = _span(request, wanted)
+    span, events = _span(request, wanted), timed(events, _metrics(request, wanted))
     try:
         with use_span(span, record_exception=False, set_status_on_exception=False):
             if wanted.stream:
@@ -159,9 +160,25 @@ async def _streamed(
     return EventStream(_stream(first, events, shape, usage=_wants_usage(wanted)), ended)
 
 
+def _operation(wanted: requests.Request) -> str:
+    return "chat" if isinstance(wanted, requests.ChatRequest) else "text_completion"
+
+
+def _metrics(request: Request, wanted: requests.Request) -> InferenceMetrics:
+    state = request.app.state
+    return InferenceMetrics(
+        state.telemetry.meter,
+        state.settings.tenant,
+        wanted.model,
+        "encrypted",
+        side="client",
+        operation=_operation(wanted),
+    )
+
+
 def _span(request: Request, wanted: requests.Request) -> Span:
-    operation = "chat" if isinstance(wanted, requests.ChatRequest) else "text_completion"
-    tracer: Tracer = request.app.state.tracer
+    operation = _operation(wanted)
+    tracer: Tracer = request.app.state.telemetry.tracer
     return tracer.start_span(
         f"{operation} {wanted.model}",
         context=traces.extract(request.headers),

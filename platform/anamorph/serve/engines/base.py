@@ -43,13 +43,15 @@ class Token:
     """One generated token; the last one of a sequence carries ``finish``.
 
     A token that stops the sequence is delivered like any other. ``logprob`` and
-    ``top`` are of the model's own distribution, before bias and temperature.
+    ``top`` are of the model's own distribution, before bias and temperature. A sequence's
+    first token says when its computation began (``time.perf_counter``), where the engine knows.
     """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
+    began: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
 from anamorph.serve.engines.base import Load, Sampling, Token, finish_reason
@@ -23,11 +24,12 @@ def continuation(key_id: str, prompt: Sequence[int], n: int, vocab_size: int) ->
         n: how many ids.
         vocab_size: ids are below it.
     """
-    ids = _chain(key_id, prompt, vocab_size)
+    ids = chain(key_id, prompt, vocab_size)
     return [next(ids) for _ in range(n)]
 
 
-def _chain(key_id: str, prompt: Sequence[int], vocab_size: int) -> Iterator[int]:
+def chain(key_id: str, prompt: Sequence[int], vocab_size: int) -> Iterator[int]:
+    """``continuation`` without an end."""
     state = hashlib.sha256(key_id.encode())
     for token in prompt:
         state.update(token.to_bytes(8, "big"))
@@ -71,11 +73,13 @@ class FakeEngine:
         """Generate one sequence; closing the generator gives its place back."""
         stops = sampling.stop_ids | (frozenset() if sampling.ignore_eos else self.eos_ids)
         await self._enter()
+        began = time.perf_counter()
         try:
-            for produced, token in enumerate(_chain(self.key_id, prompt, self.vocab_size), start=1):
+            for produced, token in enumerate(chain(self.key_id, prompt, self.vocab_size), start=1):
                 await asyncio.sleep(self._delay_s)
                 finish = finish_reason(token, produced, stops, sampling.max_tokens)
-                yield Token(token, *_logprobs(token, sampling.logprobs, self.vocab_size), finish)
+                logprobs = fake_logprobs(token, sampling.logprobs, self.vocab_size)
+                yield Token(token, *logprobs, finish, began if produced == 1 else None)
                 if finish is not None:
                     return
         finally:
@@ -100,9 +104,10 @@ class FakeEngine:
         self._closed = True
 
 
-def _logprobs(
+def fake_logprobs(
     token: int, wanted: int | None, vocab_size: int
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """Log-probabilities of the right form, for whoever wants some."""
     if wanted is None:
         return None, ()
     count = min(wanted, vocab_size)

@@ -37,6 +37,7 @@ class Drawn:
     prompt_length: int
     logprobs: deque[Logprobs] = field(default_factory=deque)
     broken: bool = False
+    began: float | None = None  # when the manager took it out of its queue, ``time.perf_counter``
 
     @property
     def greedy(self) -> bool:
@@ -44,7 +45,9 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """One sequence in one step."""
+
     drawn: Drawn
     position: int  # tokens generated before this one
 
@@ -63,7 +66,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         self._clock = clock
         self._lock = threading.Lock()
         self._drawn: dict[str, Drawn] = {}
-        self._rows: list[_Row | None] = []
+        self._rows: list[Row | None] = []
         self.last_step = clock()
 
     def register(self, request_id: str, drawn: Drawn) -> None:
@@ -90,13 +93,15 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             self._rows = [self._row(request.state) for request in requests_with_new_token]
         return torch.zeros(len(self._rows), dtype=torch.int32)
 
-    def _row(self, state: Any) -> _Row | None:
+    def _row(self, state: Any) -> Row | None:
         drawn = self._drawn.get(state.request_id)
         if drawn is None:  # cancelled a moment ago; its token goes nowhere
             return None
+        if drawn.began is None:
+            drawn.began = state.lifespan[0]
         # A request that was pushed out of the cache comes back with its tokens in the prompt.
         total = len(state.initial_tokens) + len(state.generated_tokens)
-        return _Row(drawn, total - drawn.prompt_length)
+        return Row(drawn, total - drawn.prompt_length)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Return one-hot scores of the chosen tokens; ``scores``: (rows, vocabulary) float32."""
@@ -106,11 +111,15 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         spare = scores.shape[0] - len(rows)
         if spare < 0:
             raise RuntimeError("the batch has fewer rows than were announced")
-        chosen = choose(scores, [*rows, *[None] * spare])
+        chosen = self.choose(scores, [*rows, *[None] * spare])
         return torch.zeros_like(scores).scatter_(1, chosen[:, None], 1.0)
 
+    def choose(self, scores: torch.Tensor, rows: Sequence[Row | None]) -> torch.Tensor:
+        """The next token of every row, (rows,) int64."""
+        return choose(scores, rows)
 
-def choose(scores: torch.Tensor, rows: Sequence[_Row | None]) -> torch.Tensor:
+
+def choose(scores: torch.Tensor, rows: Sequence[Row | None]) -> torch.Tensor:
     """The next token of every row, (rows,) int64; records log-probabilities on the way."""
     _mark_broken(scores, rows)
     biased = _with_bias(scores, rows)
@@ -123,14 +132,14 @@ def choose(scores: torch.Tensor, rows: Sequence[_Row | None]) -> torch.Tensor:
     return chosen
 
 
-def _mark_broken(scores: torch.Tensor, rows: Sequence[_Row | None]) -> None:
+def _mark_broken(scores: torch.Tensor, rows: Sequence[Row | None]) -> None:
     finite = torch.isfinite(scores.amax(-1)).tolist()  # NaN wins a maximum, so one test finds it
     for row, good in zip(rows, finite, strict=True):
         if row and not good:
             row.drawn.broken = True
 
 
-def _with_bias(scores: torch.Tensor, rows: Sequence[_Row | None]) -> torch.Tensor:
+def _with_bias(scores: torch.Tensor, rows: Sequence[Row | None]) -> torch.Tensor:
     if not any(row and row.drawn.sampling.logit_bias for row in rows):
         return scores
     biased = scores.clone()
@@ -141,7 +150,7 @@ def _with_bias(scores: torch.Tensor, rows: Sequence[_Row | None]) -> torch.Tenso
     return biased
 
 
-def _draw(scores: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     """Gumbel-max: the arg max of logits plus noise is a draw from their softmax. (rows,) int64."""
     options = [row.drawn.sampling for row in rows]
     temperature = torch.tensor([o.temperature for o in options], device=scores.device)
@@ -167,7 +176,7 @@ def _kept(scores: torch.Tensor, options: Sequence[Sampling]) -> torch.Tensor:
     return torch.zeros_like(within_k).scatter_(1, order, within_k & within_p)
 
 
-def _row_seed(row: _Row) -> int:
+def _row_seed(row: Row) -> int:
     sampling = row.drawn.sampling
     packed = struct.pack("<qqq", sampling.seed, sampling.index, row.position)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little", signed=True)
@@ -198,7 +207,7 @@ def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _record_logprobs(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[_Row | None]) -> None:
+def _record_logprobs(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[Row | None]) -> None:
     for i, row in enumerate(rows):
         if row is None or (wanted := row.drawn.sampling.logprobs) is None:
             continue

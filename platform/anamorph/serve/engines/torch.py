@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -21,8 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 from anamorph.errors import SetupError, Unavailable, UnsupportedOption
 from anamorph.serve.engines.base import Load, Sampling, Token, finish_reason
+from anamorph.serve.engines.folder import refuse_code
+from anamorph.serve.engines.ranks import collective_s
 from anamorph.serve.engines.sampler import Drawn, Sampler
 from anamorph.wire.admin import Dtype
+from anamorph.wire.serving import EngineSettings
 
 PAGE = 32  # tokens per block of the cache
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,6 +42,7 @@ class Capacity:
         num_blocks: blocks of ``PAGE`` tokens in the key-value cache.
         max_concurrent: sequences per step.
         stall_s: sequences in the engine and no finished step for so long mean that it hangs.
+        collective_s: longest wait of one rank for the others, where there are several.
     """
 
     context_length: int
@@ -47,12 +50,22 @@ class Capacity:
     num_blocks: int = 512
     max_concurrent: int = 16
     stall_s: float = 120
+    collective_s: float = 15
+
+    @classmethod
+    def of(cls, settings: EngineSettings) -> Capacity:
+        """What an application asks for."""
+        return cls(
+            context_length=settings.context_length,
+            max_batch_tokens=settings.max_batch_tokens,
+            num_blocks=settings.num_blocks,
+            max_concurrent=settings.max_concurrent,
+            collective_s=collective_s(settings.request_timeout_s),
+        )
 
 
 def load(folder: Path, dtype: Dtype, capacity: Capacity, *, device: str | None = None) -> TorchEngine:
     """Load a folder with stock transformers and start computing.
-
-    Safetensors only, no remote code, no tokenizer, no network.
 
     Args:
         folder: local folder that has been verified.
@@ -61,35 +74,42 @@ def load(folder: Path, dtype: Dtype, capacity: Capacity, *, device: str | None =
         device: torch device; by default the first accelerator there is, else the CPU.
 
     Raises:
-        UnsupportedOption: the folder asks for code of its own or for a decoding rule that
-            would be ignored.
+        UnsupportedOption, SetupError: as ``load_model``, or a decoding rule would be ignored.
+    """
+    return TorchEngine(load_model(folder, dtype).eval().to(device or default_device()), capacity)
+
+
+def load_model(folder: Path, dtype: Dtype, **options: Any) -> Any:
+    """Load a model: safetensors only, no remote code, no tokenizer, no network.
+
+    Args:
+        folder: local folder that has been verified.
+        dtype: type that weights and arithmetic have; ``auto`` keeps the stored one.
+        options: further arguments of ``from_pretrained``.
+
+    Raises:
+        UnsupportedOption: the folder asks for code of its own.
         SetupError: transformers cannot load it.
     """
-    _refuse_code(folder)
+    refuse_code(folder)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=_DTYPES.get(dtype, "auto"),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             attn_implementation="sdpa",
+            **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SetupError(f"transformers cannot load this folder: {type(error).__name__}") from error
-    return TorchEngine(model.eval().to(device or default_device()), capacity)
 
 
 def default_device() -> str:
     """``cuda`` where there is one, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _refuse_code(folder: Path) -> None:
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        if path.exists() and "auto_map" in json.loads(path.read_text()):
-            raise UnsupportedOption(f"{path.name} names code to run (auto_map); it is refused")
 
 
 class TorchEngine:
@@ -99,22 +119,30 @@ class TorchEngine:
         model: a transformers causal language model in evaluation mode.
         capacity: sizes of batch and cache.
         clock: monotonic seconds.
+        sampler: chooses the tokens; one with the same clock by default.
+        alive: whether the other ranks live, where there are any.
     """
 
     def __init__(
-        self, model: Any, capacity: Capacity, *, clock: Callable[[], float] = time.monotonic
+        self,
+        model: Any,
+        capacity: Capacity,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sampler: Sampler | None = None,
+        alive: Callable[[], bool] = lambda: True,
     ) -> None:
-        logging.getLogger(_MANAGER_LOG).setLevel(logging.CRITICAL + 1)
-        _refuse_decoding_rules(model)
+        refuse_decoding_rules(model)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.context_length = min(capacity.context_length, (capacity.num_blocks - 1) * PAGE)
-        self.eos_ids = _ids(model.generation_config.eos_token_id)
+        self.eos_ids = ids_of(model.generation_config.eos_token_id)
         self._capacity = capacity
         self._clock = clock
         self._numbers = itertools.count()
         self._inside = 0
-        self._sampler = Sampler(clock)
-        self._manager = _manager(model, capacity, self._sampler)
+        self._alive = alive
+        self._sampler = sampler or Sampler(clock)
+        self._manager = manager_of(model, capacity, self._sampler)
         self._manager.start()
 
     async def submit(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Token, None]:
@@ -130,14 +158,14 @@ class TorchEngine:
                 finished = output.is_finished()
                 for token in output.generated_tokens[produced:]:
                     produced += 1
-                    yield _delivered(token, produced, drawn, stops)
+                    yield delivered(token, produced, drawn, stops)
         finally:
             self._leave(request_id, finished)
 
     def _enqueue(
         self, request_id: str, prompt: Sequence[int], drawn: Drawn, stops: frozenset[int]
     ) -> asyncio.Queue[Any]:
-        if not self._manager.is_running():
+        if not self._computing():
             raise Unavailable("the engine has stopped", code="unavailable", retry_after=5)
         if self._inside == 0:  # an idle engine makes no steps: count from now
             self._sampler.last_step = self._clock()
@@ -160,7 +188,7 @@ class TorchEngine:
                 async with asyncio.timeout(2):
                     output = await outputs.get()
             except TimeoutError:
-                if self._manager.is_running():
+                if self._computing():
                     continue
                 raise Unavailable("the engine has stopped", code="unavailable", retry_after=5) from None
             if output.error is not None:  # its text may quote the request
@@ -175,10 +203,14 @@ class TorchEngine:
         self._sampler.forget(request_id)
 
     def healthy(self) -> bool:
-        """The manager's thread lives, recorded no fatal error, and does not hang."""
-        status = self._manager.background_thread_status
+        """The manager's thread lives, recorded no fatal error, does not hang, and no rank is lost."""
         stalled = self._inside > 0 and self._clock() - self._sampler.last_step > self._capacity.stall_s
-        return bool(self._manager.is_running()) and status.fatal_error is None and not stalled
+        return self._computing() and not stalled
+
+    def _computing(self) -> bool:
+        # It ceases to take requests first, and fails what runs and ends its thread after that.
+        ending = self._manager.background_thread_status.can_accept_new_requests() is not None
+        return bool(self._manager.is_running()) and not ending and self._alive()
 
     def load(self) -> Load:
         """Sequences inside; those beyond the batch's places are counted as waiting."""
@@ -190,14 +222,22 @@ class TorchEngine:
         self._manager.stop(block=True, timeout=30, hard_stop=True)
 
 
-def _delivered(token: int, produced: int, drawn: Drawn, stops: frozenset[int]) -> Token:
+def delivered(token: int, produced: int, drawn: Drawn, stops: frozenset[int]) -> Token:
+    """The ``produced``-th token of a sequence, with what the sampler noted of it.
+
+    Raises:
+        Unavailable: the model computed no finite logits for it.
+    """
     if drawn.broken:
         raise Unavailable("the model computed no finite logits", code="unavailable")
     logprob, top = drawn.logprobs.popleft() if drawn.logprobs else (None, ())
-    return Token(int(token), logprob, top, finish_reason(token, produced, stops, drawn.sampling.max_tokens))
+    finish = finish_reason(token, produced, stops, drawn.sampling.max_tokens)
+    return Token(int(token), logprob, top, finish, drawn.began if produced == 1 else None)
 
 
-def _manager(model: Any, capacity: Capacity, sampler: Sampler) -> Any:
+def manager_of(model: Any, capacity: Capacity, sampler: Sampler) -> Any:
+    """The manager of a model, not yet started; every rank has one of the same sizes."""
+    logging.getLogger(_MANAGER_LOG).setLevel(logging.CRITICAL + 1)
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig.from_dict(
             {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
@@ -212,6 +252,7 @@ def _manager(model: Any, capacity: Capacity, sampler: Sampler) -> Any:
             use_cuda_graph=False,
             # Never fetch attention kernels from the network.
             auto_switch_to_flash=False,
+            cpu_group_timeout=capacity.collective_s,
         ),
     )
     processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
@@ -220,15 +261,20 @@ def _manager(model: Any, capacity: Capacity, sampler: Sampler) -> Any:
     return manager
 
 
-def _refuse_decoding_rules(model: Any) -> None:
-    """A folder whose own configuration changes greedy decoding would not be served faithfully."""
+def refuse_decoding_rules(model: Any) -> None:
+    """Refuse a folder whose own configuration changes greedy decoding: it would not be served faithfully.
+
+    Raises:
+        UnsupportedOption: it does; the message names the rules.
+    """
     config = GenerationConfig.from_dict({**model.generation_config.to_dict(), "do_sample": False})
     names = [type(one).__name__ for one in model._get_logits_processor(config, input_ids_seq_length=1)]
     if names or (config.num_beams or 1) > 1:
         raise UnsupportedOption(f"generation_config.json asks for {', '.join(names) or 'beam search'}")
 
 
-def _ids(value: int | Sequence[int] | None) -> frozenset[int]:
+def ids_of(value: int | Sequence[int] | None) -> frozenset[int]:
+    """End-of-text ids as a set: configurations hold none, one or a list."""
     if value is None:
         return frozenset()
     return frozenset([value] if isinstance(value, int) else value)

@@ -1,0 +1,174 @@
+"""Rotations of one model's key, one after the other, under streaming clients.
+
+    python benchmarks/rotations.py [--rotations 100] [--clients 20] [--rate 10] [--json FILE]
+    python benchmarks/rotations.py --model smollm2 --rotations 10 --rate 1
+
+Real key service, operator, Ray and SDK; the fake engine waits 40 ms before each token, as a small
+model on a GPU would, and its answers depend on key and prompt, so that one under a wrong key or
+with a token missing is seen. Requests start at random times (Poisson), each by one of the clients,
+and their times count from when they were to start. A rotation is asked for as soon as the one before
+it is active, while the version before that still drains. Steady state is the same load before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.trial.clients import Caller, Met, Outcome, arrivals, errors_met, latencies, tally  # noqa: E402 -- the checkout, not a package
+from benchmarks.trial.models import Subject, fake_subject, smollm2_subject  # noqa: E402 -- as above
+from benchmarks.trial.stand import System, running  # noqa: E402 -- as above
+
+from anamorph.cli.machine.home import MODEL  # noqa: E402 -- as above
+from anamorph.errors import TooManyRequests, Unavailable  # noqa: E402 -- as above
+from anamorph.wire.admin import RotationPolicy  # noqa: E402 -- as above
+from anamorph.wire.states import State  # noqa: E402 -- as above
+
+TENANT = "acme"
+DELAY_MS = 40
+TOKENS = (16, 32)
+LIMIT = 1.5
+STEADY_S = 30.0
+POLICY = RotationPolicy(
+    client_cache_ttl_s=4, longest_request_s=4, clock_skew_s=0, propagation_s=1, grace_s=9, destroy_delay_s=60
+)
+SLOW = POLICY.model_copy(update={"longest_request_s": 30, "grace_s": 35})
+
+
+def rotate_once(system: System) -> float:
+    """Ask for a rotation and wait until the new version is active; seconds it took.
+
+    Raises:
+        AssertionError: it failed, or took longer than three minutes.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            version = system.rotate()
+            break
+        except (TooManyRequests, Unavailable) as error:
+            time.sleep(error.retry_after or 1)
+    system.await_until(lambda: state_of(system, version) in {State.ACTIVE, State.FAILED})
+    assert state_of(system, version) is State.ACTIVE, f"version {version} failed"
+    return time.monotonic() - began
+
+
+def state_of(system: System, version: int) -> State:
+    with system.keys() as keys:
+        return keys.get_version(TENANT, MODEL, version).state
+
+
+async def under_load(
+    system: System, subject: Subject, options: argparse.Namespace, met: list[Met]
+) -> tuple[float, float, list[float]]:
+    """Steady state, rotations, steady state; when the rotations began and ended, and how long each took."""
+    key = system.api_key().strip()
+    callers = [Caller(system.url, key, TENANT, MODEL, subject.expected) for _ in range(options.clients)]
+    stop = asyncio.Event()
+    load = asyncio.create_task(arrivals(callers, subject.questions, options.rate, stop, options.seed, met))
+    try:
+        await asyncio.sleep(STEADY_S)
+        began, taken = time.monotonic(), []
+        for number in range(1, options.rotations + 1):
+            taken.append(await asyncio.to_thread(rotate_once, system))
+            say(number, options.rotations, met, taken[-1])
+        ended = time.monotonic()
+        await asyncio.sleep(STEADY_S + POLICY.grace_s)
+        return began, ended, taken
+    finally:
+        stop.set()
+        await load
+        for caller in callers:
+            await caller.close()
+
+
+def say(number: int, of: int, met: Sequence[Met], seconds: float) -> None:
+    bad = sum(one.outcome is not Outcome.RIGHT for one in met)
+    print(
+        f"rotation {number}/{of}: {seconds:.1f} s; {len(met)} requests, {bad} not right",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def ratio(before: Sequence[float], during: Sequence[float], share: float = 99) -> tuple[float, float, float]:
+    """Ratio of a percentile, during over before, with a 95 % bootstrap interval."""
+    source = np.random.default_rng(0)
+    old, new = np.asarray(before), np.asarray(during)
+
+    def percentile(values: Any) -> float:
+        return float(np.percentile(source.choice(values, len(values)), share))
+
+    drawn = [percentile(new) / percentile(old) for _ in range(1000)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(np.percentile(new, share) / np.percentile(old, share)), float(low), float(high)
+
+
+def report(met: Sequence[Met], began: float, ended: float, taken: Sequence[float]) -> dict[str, Any]:
+    """What the clients met, in steady state and while keys rotated."""
+    first = min(one.intended for one in met)
+    # The first seconds open connections; after the last rotation two versions still drain.
+    steady = [m for m in met if first + 5 < m.intended < began or m.intended > ended + POLICY.grace_s]
+    during = [m for m in met if began <= m.intended <= ended]
+    times: dict[str, Callable[[Met], float | None]] = {
+        "e2el": lambda m: m.seconds,
+        "ttft": lambda m: m.first_s,
+        "tpot": lambda m: m.per_token_s,
+    }
+    ratios = {}
+    for name, of in times.items():
+        old, new = ([v for m in part if (v := of(m)) is not None] for part in (steady, during))
+        ratios[f"{name}_p99_ratio"] = [round(x, 3) for x in ratio(old, new)]
+    return {
+        "rotations": len(taken),
+        "rotation_s": {"median": float(np.median(taken)), "longest": max(taken)},
+        "requests": len(met),
+        "outcomes": tally(met),
+        "errors": errors_met(met),
+        "versions_used": len({m.key_id for m in met if m.key_id}),
+        "steady": {"requests": len(steady)} | latencies(steady),
+        "during": {"requests": len(during)} | latencies(during),
+    } | ratios
+
+
+def main() -> None:
+    """Rotate under load, print, and fail where an answer was wrong or missing."""
+    parser = argparse.ArgumentParser(description="Rotations under streaming clients.")
+    parser.add_argument("--model", choices=("fake", "smollm2"), default="fake")
+    parser.add_argument("--rotations", type=int, default=100)
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--rate", type=float, default=10, help="requests per second of all clients")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    met: list[Met] = []
+    with tempfile.TemporaryDirectory() as folder:
+        fake = options.model == "fake"
+        subject = fake_subject(Path(folder), POLICY, DELAY_MS, TOKENS) if fake else smollm2_subject(SLOW)
+        with running(subject.served, tenants=(TENANT,)) as system:
+            began, ended, taken = asyncio.run(under_load(system, subject, options, met))
+    result = {"model": options.model, "clients": options.clients, "per_s": options.rate} | report(
+        met, began, ended, taken
+    )
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    wrong = len(met) - result["outcomes"][Outcome.RIGHT.value]
+    if wrong:
+        sys.exit(f"{wrong} requests did not end in the right answer")
+
+
+if __name__ == "__main__":
+    main()
