@@ -69,7 +69,7 @@ class Chaos:
     def broken(self) -> list[str]:
         """What does not hold of the promises at the top."""
         counted = tally(self.met)
-        bad = [o for o in (Outcome.WRONG, Outcome.STRANGE, Outcome.HUNG) if counted[o.value]]
+        bad = [o for o in Outcome if o not in (Outcome.RIGHT, Outcome.REFUSED) and counted[o.value]]
         found = [f"{counted[outcome.value]} requests: {outcome.value}" for outcome in bad]
         if self.back_s is None:
             found.append(f"not back after {PATIENCE_S:.0f} s: {'; '.join(self.amiss)}")
@@ -235,7 +235,7 @@ def run(options: argparse.Namespace) -> Chaos:
         with running_site({tenant: subject.served for tenant, subject in subjects.items()}) as site:
             instance, folders = site.home.running().instance, (site.home.root.parent, site.cluster.temp_dir)
             chaos = asyncio.run(under_load(site, subjects, faults, options))
-            scratch = [str(path) for path in site.home.scratch.iterdir()]
+            scratch = [str(path) for path in site.home.scratch.rglob("*") if path.is_file()]
             if options.logs:
                 _keep_logs(site, options.logs)
     chaos.left += left_over(instance) + scratch + [str(path) for path in folders if path.exists()]

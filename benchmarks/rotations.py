@@ -42,9 +42,14 @@ TOKENS = (16, 32)
 LIMIT = 1.5
 STEADY_S = 30.0
 POLICY = RotationPolicy(
-    client_cache_ttl_s=4, longest_request_s=4, clock_skew_s=0, propagation_s=1, grace_s=9, destroy_delay_s=60
+    client_cache_ttl_s=6,
+    longest_request_s=10,
+    clock_skew_s=0,
+    propagation_s=1,
+    grace_s=17,
+    destroy_delay_s=60,
 )
-SLOW = POLICY.model_copy(update={"longest_request_s": 30, "grace_s": 35})
+SLOW = POLICY.model_copy(update={"longest_request_s": 30, "grace_s": 37})
 
 
 def rotate_once(system: System) -> float:

@@ -30,6 +30,7 @@ class Outcome(StrEnum):
     REFUSED = "documented error"
     STRANGE = "undocumented error"
     HUNG = "past its deadline"
+    UNJUDGED = "under a key that its client has left"
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,15 @@ class Caller:
             async for chunk in chunks:
                 answer.first = answer.first or time.monotonic()
                 answer.key_id = chunk.system_fingerprint
+                if answer.key_id not in self._codecs:  # the client has moved meanwhile
+                    await self._note_codec()
                 for choice in chunk.choices:
                     answer.ids += choice.token_ids
 
     async def _judge(self, question: Question, answer: Answer) -> Outcome:
-        if answer.key_id not in self._codecs:
-            await self._note_codec()
         codec = self._codecs.get(answer.key_id)
-        if codec is None:
-            return Outcome.WRONG  # of a key that this client does not hold
+        if codec is None:  # a rotation overtook the answer: it is not called wrong unseen
+            return Outcome.UNJUDGED
         return Outcome.RIGHT if answer.ids == list(self._expected(codec, question)) else Outcome.WRONG
 
     async def _note_codec(self) -> None:
