@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from anamorph import errors
-from anamorph.client import AsyncClient, Client
+from anamorph.client import AsyncClient, Client, session
 from anamorph.serve.engines.fake import continuation
 from anamorph.wire.inference import KEY_ID_HEADER, Completion
 from anamorph.wire.states import State
@@ -292,6 +292,28 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock(time.time())
+
+
+async def test_nobody_waits_for_others_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key service that is silent: who waits for the fetch of another gives up by itself."""
+    monkeypatch.setattr(session, "_FETCH_S", 0.2)
+    silent = await asyncio.start_server(_say_nothing, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    async with silent:
+        client = AsyncClient(url, "key", "acme", "chat", retry_for=0)
+        asked = [asyncio.create_task(client.complete(PROMPT)) for _ in range(5)]
+        done, fetching = await asyncio.wait(asked, timeout=5)
+        assert len(fetching) == 1, "the first one still waits for its answer"
+        assert all(isinstance(one.exception(), errors.Unavailable) for one in done)
+        for one in fetching:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await client.close()
+
+
+async def _say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    writer.close()
 
 
 def test_a_key_is_dropped_at_the_end_of_its_lease(

@@ -15,7 +15,7 @@ import httpx
 
 from anamorph.client.exchange import Options, Prompt, decrypt_completion
 from anamorph.client.keycache import After, Cancel, Lease
-from anamorph.client.session import Alone, Ask, Pause, Plan, Send, Session, Step
+from anamorph.client.session import Alone, Ask, Pause, Plan, Send, Session, Step, waited
 from anamorph.errors import AnamorphError
 from anamorph.telemetry import traces
 from anamorph.wire import completions
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # Reading may take as long as the longest request; everything else is a matter of seconds.
 TIMEOUT = httpx.Timeout(connect=5, read=300, write=30, pool=60)
+# The key service answers within seconds, or says that it cannot.
+KEYSVC_TIMEOUT = httpx.Timeout(10, connect=3)
 LIMITS = httpx.Limits(max_connections=512, max_keepalive_connections=64)
 _STREAM = {"stream_options": {"include_usage": True}}
 
@@ -61,7 +63,7 @@ class Client:
         after: After | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._keys = KeyService(keysvc_url, api_key)
+        self._keys = KeyService(keysvc_url, api_key, timeout=KEYSVC_TIMEOUT)
         self._http = httpx.Client(timeout=timeout, limits=LIMITS, transport=transport, trust_env=False)
         self._session = Session(
             tenant, model, clock=clock, after=after or _thread_timer, jitter=jitter, retry_for=retry_for
@@ -127,9 +129,13 @@ class Client:
                 return call(self._keys)
             case Pause(seconds):
                 return self._sleep(seconds)
-            case Alone(plan):
-                with self._lock:
+            case Alone(plan, within):
+                if not self._lock.acquire(timeout=within):
+                    raise waited()
+                try:
                     return self._run(plan, stream=stream)
+                finally:
+                    self._lock.release()
             case Send():
                 return self._open(step) if stream else self._call(step)
 
@@ -166,7 +172,7 @@ class AsyncClient:
         after: After | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._keys = AsyncKeyService(keysvc_url, api_key)
+        self._keys = AsyncKeyService(keysvc_url, api_key, timeout=KEYSVC_TIMEOUT)
         self._http = httpx.AsyncClient(timeout=timeout, limits=LIMITS, transport=transport, trust_env=False)
         self._session = Session(
             tenant, model, clock=clock, after=after or _loop_timer, jitter=jitter, retry_for=retry_for
@@ -222,9 +228,16 @@ class AsyncClient:
                 return await call(self._keys)
             case Pause(seconds):
                 return await self._sleep(seconds)
-            case Alone(plan):
-                async with self._lock:
+            case Alone(plan, within):
+                try:
+                    async with asyncio.timeout(within):
+                        await self._lock.acquire()
+                except TimeoutError:
+                    raise waited() from None
+                try:
                     return await self._run(plan, stream=stream)
+                finally:
+                    self._lock.release()
             case Send():
                 return await (self._open(step) if stream else self._call(step))
 

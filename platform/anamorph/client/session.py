@@ -27,6 +27,7 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _RENEWAL_PAUSE_S = 10.0
 _TOKEN_MARGIN_S = 60.0
+_FETCH_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,13 @@ class Pause:
 
 @dataclass(frozen=True)
 class Alone:
-    """Run a plan while no other request of this client runs one: the single flight."""
+    """Run a plan while no other request of this client runs one: the single flight.
+
+    Whoever has not had its turn after ``within`` seconds gives up with ``waited``.
+    """
 
     plan: Plan[Any]
+    within: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class Send:
     lease: Lease
     token: str = field(repr=False)
     request: dict[str, Any] = field(repr=False)
+
+
+def waited() -> errors.Unavailable:
+    """What a request ends in that has waited too long for those before it."""
+    return errors.Unavailable("the key service does not answer in time", code="timeout", retry_after=1)
 
 
 Step: TypeAlias = Ask | Pause | Alone | Send
@@ -112,7 +122,9 @@ class Session:
 
     def lease(self) -> Plan[Lease]:
         """The key version to use now."""
-        lease: Lease = yield Alone(self._hold(self._leases, None, self._fetch_lease))
+        lease: Lease = yield Alone(
+            self._hold(self._leases, None, self._fetch_lease), max(_FETCH_S, self._retry_for)
+        )
         return lease
 
     def request(self, prompt: Prompt, options: Options) -> Plan[tuple[Any, Lease]]:
@@ -121,7 +133,7 @@ class Session:
         stale = Stale()
         while True:
             try:
-                access: Access = yield Alone(self._access(stale))
+                access: Access = yield Alone(self._access(stale), retry.turn())
             except (errors.Unavailable, errors.TooManyRequests) as error:
                 yield Pause(retry.pause(error))
                 continue
@@ -226,6 +238,10 @@ class _Retry:
         fresh, old = access.lease, stale.lease
         if old and self._error and (fresh.key_id, fresh.endpoint) == (old.key_id, old.endpoint):
             raise self._error
+
+    def turn(self) -> float:
+        """Seconds to wait for one's turn: until the deadline, but as long as one fetch may take."""
+        return max(_FETCH_S, self._deadline - self._clock())
 
     def pause(self, error: errors.AnamorphError) -> float:
         """Seconds to wait before the next attempt; raises ``error`` where the deadline comes first."""
