@@ -1,12 +1,13 @@
 """How long a release takes at 50 requests per second, over HTTP and sealed as the client asks for it.
 
-    python benchmarks/keysvc_release.py [--vault] [--keys 600] [--rate 50] [--json FILE]
+    python benchmarks/keysvc_release.py [--vault] [--keys 600] [--rate 50] [--processes 1] [--json FILE]
 
 Keys are taken to STAGED through the API; then a fresh process of the service, whose cache
 is empty, releases each once (unwrapping), and then each once more (cached). Requests
 arrive at random times (Poisson), whether or not earlier ones are answered, and a latency
 counts from the time of arrival to the opened key. With PostgreSQL and Vault where both
-are installed (--vault: fail without them), otherwise with SQLite and the local wrapper.
+are installed (--vault: fail without them), otherwise with SQLite and the local wrapper. With --processes, on
+PostgreSQL only, the connections of the tenants are spread evenly, as a load balancer does.
 The server, its database, Vault and the asking client share this machine.
 """
 
@@ -24,6 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +180,15 @@ def _tenant(url: str, platform_key: str, tenant: str) -> str:
         return platform.create_api_key(tenant, ApiKeyCreate(name="bench", role=Role.CLIENT)).secret
 
 
-async def measure(url: str, secrets: dict[str, str], keys: int, rate: float, seed: int) -> dict[str, Any]:
+async def measure(
+    urls: Sequence[str], secrets: dict[str, str], keys: int, rate: float, seed: int
+) -> dict[str, Any]:
     """Release every key once, at random times; what failed is counted and named."""
     source = random.Random(seed)  # noqa: S311 -- arrivals, not secrecy
     asked = [(tenant, f"m{number}") for tenant in secrets for number in range(MODELS_PER_TENANT)][:keys]
     source.shuffle(asked)
-    clients = {tenant: AsyncKeyService(url, secret) for tenant, secret in secrets.items()}
+    turns = zip(cycle(urls), secrets.items())
+    clients = {tenant: AsyncKeyService(url, secret) for url, (tenant, secret) in turns}
     taken: list[float] = []
     failures: list[str] = []
 
@@ -210,10 +215,10 @@ async def measure(url: str, secrets: dict[str, str], keys: int, rate: float, see
     return summary(taken) | {"failed": len(failures), "kinds": sorted(set(failures))}
 
 
-def cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far: for machines that are busy with something else."""
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Processor time of processes so far: for machines that are busy with something else."""
+    times = [psutil.Process(pid).cpu_times() for pid in pids]
+    return float(sum(each.user + each.system for each in times))
 
 
 def main() -> None:
@@ -222,18 +227,21 @@ def main() -> None:
     parser.add_argument("--vault", action="store_true", help="fail where PostgreSQL or Vault is missing")
     parser.add_argument("--keys", type=int, default=600, help="key versions, each released once per case")
     parser.add_argument("--rate", type=float, default=50.0, help="arrivals per second")
+    parser.add_argument("--processes", type=int, default=1, help="of the service; one on SQLite")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with site(need_vault=options.vault) as place:
         platform_key = place.platform_key.read_text().strip()
         with place.process("prepare") as (url, _):
             secrets = prepare(url, platform_key, options.keys)
-        with place.process("measure") as (url, pid):
-            result: dict[str, Any] = {"on": place.kind, "rate": options.rate}
+        with ExitStack() as ends:
+            names = [f"measure-{number}" for number in range(options.processes)]
+            urls, pids = zip(*(ends.enter_context(place.process(name)) for name in names), strict=True)
+            result: dict[str, Any] = {"on": place.kind, "rate": options.rate, "processes": len(pids)}
             for seed, case in enumerate(("unwrapping", "cached")):
-                busy = cpu_seconds(pid)
-                result[case] = asyncio.run(measure(url, secrets, options.keys, options.rate, seed))
-                spent = (cpu_seconds(pid) - busy) / result[case]["calls"]
+                busy = cpu_seconds(pids)
+                result[case] = asyncio.run(measure(urls, secrets, options.keys, options.rate, seed))
+                spent = (cpu_seconds(pids) - busy) / result[case]["calls"]
                 result[case]["server_cpu_ms"] = round(spent * 1e3, 2)
             result["load"] = os.getloadavg()[0]
     for case, target in TARGET_MS.items():
