@@ -94,7 +94,7 @@ def standings_table(found: Iterable[Standing]) -> Table:
     """To print with rich: a line for each measure of each version."""
     table = Table(title="What encryption costs: encrypted over plaintext")
     for heading in ("version", "pairs", "", "plaintext", "encrypted", "ratio", f"{CONFIDENCE:.0%} interval"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "version")
     for one in found:
         place = f"{one.tenant}/{one.model}/v{one.version}"
         for measure in (measure for measure in MEASURES if measure in one.ratios):

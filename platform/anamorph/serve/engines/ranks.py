@@ -102,8 +102,8 @@ def _divisors(number: int) -> str:
 
 
 def collective_s(request_timeout_s: float) -> float:
-    """Longest wait of one rank for the others, in seconds; always below a request's deadline."""
-    return min(COLLECTIVE_S, request_timeout_s / 2)
+    """Longest wait of one rank for the others, in seconds; it leaves a request time to hear of it."""
+    return min(COLLECTIVE_S, request_timeout_s / 3)
 
 
 def cores() -> int:
