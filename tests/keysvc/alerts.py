@@ -1,28 +1,14 @@
-"""For each alert: the series in which it fires after ``MINUTES``, and near ones in which it must not."""
+"""For each alert: series in which it fires after ``promtool.MINUTES``, and near ones in which it must not."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from tests.servers.promtool import Case
 
 P = "anamorph_keysvc_"
 KMS = P + 'call_duration_seconds_count{anamorph_kind="kms"'
 ANSWERS = P + "request_duration_seconds_count"
 ROUNDS = P + "worker_rounds_total"
 UP = {P + 'sample_age_seconds{instance="a"}': "0x240"}
-MINUTES = 200
-
-
-@dataclass(frozen=True)
-class Case:
-    """Series per minute in which an alert fires at ``MINUTES``, and such in which it must not.
-
-    ``0+1x240`` grows by one each minute, ``5x240`` stays at five, ``_x180`` is not there yet.
-    """
-
-    fires: dict[str, str]
-    silent: list[dict[str, str]] = field(default_factory=list)
-    labels: dict[str, str] = field(default_factory=dict)
-
 
 CASES = {
     "KeyServiceMissing": Case({}, [UP, {P + 'sample_age_seconds{instance="a"}': "0x240"}]),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from tests.keysvc.alerts import CASES, MINUTES, Case
+from tests.keysvc.alerts import CASES
 from tests.keysvc.conftest import World
-from tests.servers.find import binary
+from tests.servers.promtool import judge, promtool, rules, unit, units
 
 from anamorph import errors
 from anamorph.wire.admin import Role
@@ -26,44 +23,6 @@ ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "observability.md"
 
 
-def rules() -> list[dict[str, Any]]:
-    (group,) = yaml.safe_load(RULES.read_text())["groups"]
-    found: list[dict[str, Any]] = group["rules"]
-    return found
-
-
-def promtool(*args: str, cwd: Path) -> None:
-    done = subprocess.run(
-        [str(binary("promtool")), *args], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def unit(alert: str, series: dict[str, str], expected: list[dict[str, str]]) -> dict[str, Any]:
-    """One unit test of promtool: with which labels Prometheus would say that ``alert`` fires."""
-    query = f'ALERTS{{alertname="Anamorph{alert}",alertstate="firing"}}'
-    return {
-        "interval": "1m",
-        "input_series": [{"series": name, "values": values} for name, values in series.items()],
-        "promql_expr_test": [
-            {
-                "expr": f"count without (alertname, alertstate, severity) ({query})",
-                "eval_time": f"{MINUTES}m",
-                "exp_samples": [{"labels": _written(labels), "value": 1} for labels in expected],
-            }
-        ],
-    }
-
-
-def units(alert: str, case: Case) -> list[dict[str, Any]]:
-    """Once in which it fires, and every case in which it stays silent."""
-    return [unit(alert, case.fires, [case.labels]), *(unit(alert, series, []) for series in case.silent)]
-
-
-def _written(labels: dict[str, str]) -> str:
-    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
-
-
 @pytest.mark.real
 def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
     """Expressions, durations and templates are well formed."""
@@ -72,7 +31,7 @@ def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
 
 def test_every_alert_has_its_case() -> None:
     """None goes untested."""
-    assert {f"Anamorph{name}" for name in CASES} == {rule["alert"] for rule in rules()}
+    assert {f"Anamorph{name}" for name in CASES} == {rule["alert"] for rule in rules(RULES)}
     assert [name for name, case in CASES.items() if not case.silent] == []
 
 
@@ -80,9 +39,7 @@ def test_every_alert_has_its_case() -> None:
 @pytest.mark.parametrize("alert", CASES)
 def test_it_fires_then_and_only_then(tmp_path: Path, alert: str) -> None:
     """Under the conditions it is for, with the labels that say where; not under near but healthy ones."""
-    test = tmp_path / "test.yaml"
-    test.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": units(alert, CASES[alert])}))
-    promtool("test", "rules", str(test), cwd=tmp_path)
+    judge(RULES, tmp_path, units(alert, CASES[alert]))
 
 
 @pytest.mark.real
@@ -90,10 +47,8 @@ def test_the_judge_can_fail(tmp_path: Path) -> None:
     """The positive control: a firing alert that is said to be silent is a failure, and the reverse."""
     case = CASES["KeyOverdue"]
     for wrong in (unit("KeyOverdue", case.fires, []), unit("KeyOverdue", case.silent[0], [{}])):
-        test = tmp_path / "test.yaml"
-        test.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": [wrong]}))
         with pytest.raises(AssertionError, match="FAILED"):
-            promtool("test", "rules", str(test), cwd=tmp_path)
+            judge(RULES, tmp_path, [wrong])
 
 
 # What the rules are made of
@@ -139,8 +94,8 @@ def _fail(observer: Observer) -> None:
 async def test_every_metric_and_label_of_the_rules_is_exported(world: World) -> None:
     """A rule about a metric that does not exist would be silent for ever."""
     known = exported(await lived(world))
-    asked = [selector for rule in rules() for selector in selectors(rule["expr"])]
-    assert len(asked) >= len(rules())
+    asked = [selector for rule in rules(RULES) for selector in selectors(rule["expr"])]
+    assert len(asked) >= len(rules(RULES))
     assert {name for name, _ in asked} - set(known) == set()
     assert [(name, label) for name, labels in asked for label in labels if label not in known[name]] == []
 
@@ -160,7 +115,7 @@ def test_every_word_of_the_rules_is_one_that_the_service_says() -> None:
 def test_every_alert_says_what_to_do() -> None:
     """Summary, description, severity, and a section of the guide under its own name."""
     headings = set(re.findall(r"^### (\w+)$", GUIDE.read_text(), flags=re.MULTILINE))
-    for rule in rules():
+    for rule in rules(RULES):
         notes, name = rule["annotations"], rule["alert"]
         assert notes["summary"]
         assert notes["description"]

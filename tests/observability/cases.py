@@ -1,10 +1,8 @@
-"""For each alert: the series in which it fires after ``MINUTES``, and near ones in which it must not."""
+"""For each alert: series in which it fires after ``promtool.MINUTES``, and near ones in which it must not."""
 
 from __future__ import annotations
 
-from tests.keysvc.alerts import MINUTES, Case
-
-__all__ = ["CASES", "MINUTES", "Case"]
+from tests.servers.promtool import Case
 
 REQUESTS = 'gen_ai_server_request_duration_seconds_count{gen_ai_request_model="smol"'
 RATIO = 'anamorph_overhead_ratio{anamorph_tenant="acme",gen_ai_request_model="smol"'

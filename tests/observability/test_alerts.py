@@ -7,24 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from tests.keysvc.test_alerts import promtool, unit, units
 from tests.observability.cases import CASES
+from tests.servers.promtool import judge, promtool, rules, unit, units
 
 RULES = Path(str(files("anamorph.observability") / "alerts" / "serving.yaml"))
 GUIDE = Path(__file__).parents[2] / "docs" / "observability.md"
-
-
-def rules() -> list[dict[str, Any]]:
-    (group,) = yaml.safe_load(RULES.read_text())["groups"]
-    found: list[dict[str, Any]] = group["rules"]
-    return found
-
-
-def judge(folder: Path, tests: list[dict[str, Any]]) -> None:
-    file = folder / "test.yaml"
-    file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": tests}))
-    promtool("test", "rules", str(file), cwd=folder)
 
 
 @pytest.mark.real
@@ -35,7 +22,7 @@ def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
 
 def test_every_alert_has_its_case() -> None:
     """None goes untested."""
-    assert {f"Anamorph{name}" for name in CASES} == {rule["alert"] for rule in rules()}
+    assert {f"Anamorph{name}" for name in CASES} == {rule["alert"] for rule in rules(RULES)}
     assert [name for name, case in CASES.items() if not case.silent] == []
 
 
@@ -43,23 +30,23 @@ def test_every_alert_has_its_case() -> None:
 @pytest.mark.parametrize("alert", CASES)
 def test_it_fires_then_and_only_then(tmp_path: Path, alert: str) -> None:
     """Under the conditions it is for, with the labels that say where; not under near but healthy ones."""
-    judge(tmp_path, units(alert, CASES[alert]))
+    judge(RULES, tmp_path, units(alert, CASES[alert]))
 
 
 @pytest.mark.real
 def test_no_canary_is_a_silent_one(tmp_path: Path) -> None:
     """Where its series are not there at all, the alert fires too."""
-    judge(tmp_path, [unit("CanarySilent", {"up": "1x240"}, [{}])])
+    judge(RULES, tmp_path, [unit("CanarySilent", {"up": "1x240"}, [{}])])
 
 
 @pytest.mark.real
 def test_the_judge_can_fail(tmp_path: Path) -> None:
     """The positive control: a firing alert that is said to be silent is a failure."""
     with pytest.raises(AssertionError, match="FAILED"):
-        judge(tmp_path, [unit("DrainStuck", CASES["DrainStuck"].fires, [])])
+        judge(RULES, tmp_path, [unit("DrainStuck", CASES["DrainStuck"].fires, [])])
 
 
-@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+@pytest.mark.parametrize("rule", rules(RULES), ids=lambda rule: rule["alert"])
 def test_each_says_what_to_do(rule: dict[str, Any]) -> None:
     """Severity, summary, description, and a runbook that exists."""
     assert rule["labels"]["severity"] in {"critical", "warning"}

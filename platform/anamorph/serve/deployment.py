@@ -83,13 +83,7 @@ def deployment(settings: EngineSettings) -> Any:
         **_ranks(settings),
         **scaling.options(settings.autoscaling),
         max_ongoing_requests=_max_ongoing(settings),
-        # A replica that is refused once is refused again; the operator decides what follows.
-        max_constructor_retry_count=2,
-        health_check_period_s=2,
-        health_check_timeout_s=15,
-        # The operator deletes an application only when nothing is in flight.
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
+        **scaling.WATCHED,
         ray_actor_options={
             "num_cpus": 0.1 if settings.engine == "fake" else 1,
             # vLLM's own workers take the GPUs of the group, its replica none.

@@ -6,7 +6,6 @@ state and key id again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -16,6 +15,8 @@ from ray import serve
 from anamorph import telemetry
 from anamorph.errors import SetupError
 from anamorph.replica import Held
+from anamorph.serve import scaling
+from anamorph.serve.engines.ranks import cores
 from anamorph.serve.forward import Begin, Forwarded, Served, respond
 from anamorph.serve.loading import hold
 from anamorph.serve.placement import ray_resources
@@ -88,15 +89,8 @@ def open_backend(settings: PoolSettings, *, threads: int | None = None) -> Backe
     from anamorph.serve.engines.torch import Capacity
     from anamorph.serve.slots.torch import TorchBackend
 
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or int(os.environ.get("ANAMORPH_ENGINE_THREADS", cores)))
-    capacity = Capacity(
-        context_length=settings.context_length,
-        max_batch_tokens=settings.max_batch_tokens,
-        num_blocks=settings.num_blocks,
-        max_concurrent=settings.max_concurrent,
-    )
-    return TorchBackend(settings, capacity, held)
+    torch.set_num_threads(threads or cores())
+    return TorchBackend(settings, Capacity.of(settings), held)
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -112,11 +106,7 @@ def build(args: dict[str, Any]) -> Any:
         # The slots and who is in them are this one process's to know.
         num_replicas=1,
         max_ongoing_requests=MAX_ONGOING,
-        max_constructor_retry_count=2,
-        health_check_period_s=2,
-        health_check_timeout_s=15,
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
+        **scaling.WATCHED,
         ray_actor_options={
             "num_cpus": 1 if settings.engine == "torch" else 0.1,
             "num_gpus": settings.num_gpus,

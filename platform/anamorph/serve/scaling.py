@@ -1,14 +1,25 @@
-"""How many replicas a deployment has, and which of several answers a request: Ray Serve's own options."""
+"""How many replicas there are, which of several answers, how they begin and end: Ray Serve's own options."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from anamorph.wire.admin import Autoscaling
 
 # Ray averages over this long; it wants more than 10 s, the interval at which callers report.
 LOOK_BACK_S = 10.5
 AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
+# How every engine's process is begun, watched and ended.
+WATCHED: Final[dict[str, Any]] = {
+    # A replica that is refused once is refused again; the operator decides what follows.
+    "max_constructor_retry_count": 2,
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 15,
+    # The operator deletes an application only when nothing is in flight.
+    "graceful_shutdown_wait_loop_s": 0.2,
+    "graceful_shutdown_timeout_s": 5,
+}
 
 
 def options(autoscaling: Autoscaling) -> dict[str, Any]:

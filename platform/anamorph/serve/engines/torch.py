@@ -24,7 +24,7 @@ from anamorph.serve.engines.folder import refuse_code
 from anamorph.serve.engines.ranks import collective_s
 from anamorph.serve.engines.sampler import Drawn, Sampler
 from anamorph.wire.admin import Dtype
-from anamorph.wire.serving import EngineSettings
+from anamorph.wire.serving import EngineSettings, PoolSettings
 
 PAGE = 32  # tokens per block of the cache
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,8 +53,8 @@ class Capacity:
     collective_s: float = 15
 
     @classmethod
-    def of(cls, settings: EngineSettings) -> Capacity:
-        """What an application asks for."""
+    def of(cls, settings: EngineSettings | PoolSettings) -> Capacity:
+        """What an application asks for; of a pool, what each slot holds."""
         return cls(
             context_length=settings.context_length,
             max_batch_tokens=settings.max_batch_tokens,
