@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +19,9 @@ def main() -> None:
     meeting = Meeting(**given["meeting"])
     part = Part(settings, Path(settings.replica), given["rank"], meeting.ranks)
     part.load(meeting, meeting.address)
+    if given["hangs"]:
+        # After the others' word to compute, and before anything of theirs is taken.
+        part.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
     print(resident_bytes(part.model), flush=True)  # noqa: T201 - read by the test
     part.follow()
 

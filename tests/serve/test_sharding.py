@@ -118,12 +118,16 @@ class Sharded:
 
 
 @contextmanager
-def sharded(folder: Path, **fields: Any) -> Iterator[Sharded]:
-    """Start every rank of a folder on this machine; ends them all."""
+def sharded(folder: Path, *, hangs: bool = False, **fields: Any) -> Iterator[Sharded]:
+    """Start every rank of a folder on this machine; ends them all.
+
+    Args:
+        hangs: the other ranks stop as soon as they are to compute.
+    """
     settings = settings_of(folder, **fields)
     ranks = Layout.of(settings).ranks
     meeting, store = call_meeting("127.0.0.1", ranks)
-    given = {"settings": settings.model_dump(mode="json"), "meeting": asdict(meeting)}
+    given = {"settings": settings.model_dump(mode="json"), "meeting": asdict(meeting), "hangs": hangs}
     others = [_start({**given, "rank": rank}) for rank in range(1, ranks)]
     before = dict(os.environ)
     try:
@@ -266,6 +270,17 @@ async def test_a_rank_that_dies_or_hangs_ends_what_runs(
         assert not parts.engine.healthy()
         with pytest.raises(Unavailable):
             await run(parts.engine, prompt_of(3))
+        parts.others[0].kill()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["tensor", "pipeline"])
+async def test_a_rank_that_takes_nothing_ends_what_runs(save: Save, layout: dict[str, int]) -> None:
+    """What one rank sends to another has the same bound as what all ranks do together."""
+    with sharded(save(), **layout, request_timeout_s=6, hangs=True) as parts:
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(run(parts.engine, prompt_of(5), 390), 6)
         parts.others[0].kill()
 
 

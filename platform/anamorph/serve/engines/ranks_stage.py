@@ -32,8 +32,12 @@ class Stage:
     def __init__(self, model: Any, collective_s: float) -> None:
         self._model = model
         self._caches: dict[int, DynamicCache] = {}
+        wait = timedelta(seconds=collective_s)
         # What is said is said on the CPU: nccl would keep a GPU busy with waiting.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=collective_s))
+        self._group = dist.new_group(backend="gloo", timeout=wait)
+        # transformers sends from stage to stage without a limit, and gloo then waits as long as the
+        # group was created with: ten minutes, for loading. Hence a group that was created with ours.
+        model._pp_stage.pp_group = dist.new_group(timeout=wait)
 
     def say(self, word: int, sequence: int = 0, ids: Sequence[int] = ()) -> torch.Tensor | None:
         """Rank 0: do one thing on all ranks. Of ``COMPUTE`` the logits, (vocabulary,) float32."""
