@@ -81,7 +81,7 @@ def test_key_service_ban_names_everything_else(pyproject: dict[str, Any], source
 
 
 def test_heavy_ban_names_everything_else(pyproject: dict[str, Any], sources: dict[str, Path]) -> None:
-    """torch, ray, transformers and vllm are banned from every part but the six that need some of them."""
+    """torch, ray, transformers and vllm are banned from every part but the five that need some of them."""
     contracts = pyproject["tool"]["importlinter"]["contracts"]
     bans = [set(c["source_modules"]) for c in contracts if "vllm" in c.get("forbidden_modules", [])]
     free = {f"anamorph.{name}" for name in ("checkpoint", "serve", "pipeline", "audit", "cli")}

@@ -58,6 +58,7 @@ def test_the_demo_shows_six_points_and_leaves_nothing(tmp_path: Path) -> None:
         ("starting the key service", signal.SIGINT),
         ("making, deploying", signal.SIGTERM),
         ("fold", signal.SIGKILL),
+        ("key is rotated while", signal.SIGINT),
     ],
 )
 def test_a_demo_that_is_cut_off_leaves_nothing(tmp_path: Path, line: str, number: signal.Signals) -> None:
