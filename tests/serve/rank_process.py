@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from anamorph.serve.engines.ranks_process import Meeting, Part, resident_bytes
+from anamorph.serve.engines.ranks.process import Meeting, Part, resident_bytes
 from anamorph.wire.serving import EngineSettings
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from anamorph.serve.affinity import PREFIX_IDS, Affinity
-from anamorph.serve.scaling import options
+from anamorph.serve.applications.scaling import options
+from anamorph.serve.door.affinity import PREFIX_IDS, Affinity
 from anamorph.wire.admin import Autoscaling
 
 BEGINNING = list(range(PREFIX_IDS))

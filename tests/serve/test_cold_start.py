@@ -18,10 +18,10 @@ from anamorph import telemetry
 from anamorph.errors import ReplicaRefused, SetupError
 from anamorph.keys import TenantKey
 from anamorph.replica import Identity, ReplicaManifest, Store, seal
-from anamorph.serve.coldstart import ColdStart
-from anamorph.serve.deployment import EngineReplica
-from anamorph.serve.endpoint import Endpoint
-from anamorph.serve.loading import open_engine
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.applications.engine import EngineReplica
+from anamorph.serve.engines.coldstart import ColdStart
+from anamorph.serve.engines.loading import open_engine
 from anamorph.wire.serving import EngineSettings
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def test_a_folder_that_changes_while_it_is_loaded_is_refused(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was loaded must be what was verified, to the last moment."""
-    from anamorph.serve import loading
+    from anamorph.serve.engines import loading
 
     read = loading._config
 

@@ -261,7 +261,7 @@ async def test_an_endless_answer_times_out(serve: Serve) -> None:
 
 async def disconnecting(served: Served, body: dict[str, Any], after: int) -> list[dict[str, Any]]:
     """Speak ASGI by hand: send the body, take ``after`` messages, hang up."""
-    from anamorph.serve.openai_api import build_app
+    from anamorph.serve.api.app import build_app
 
     sent: list[Any] = []
     gone = asyncio.Event()

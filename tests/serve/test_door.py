@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from anamorph.serve.door import Door, build
-from anamorph.serve.handles import Handles
-from anamorph.serve.proxy import OpenAIShape, middlewares
+from anamorph.serve.applications.door import build
+from anamorph.serve.cluster.proxy import OpenAIShape, middlewares
+from anamorph.serve.door.app import Door
+from anamorph.serve.door.handles import Handles
 from anamorph.wire.serving import DoorState, Route
 
 if TYPE_CHECKING:

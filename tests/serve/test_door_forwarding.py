@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from anamorph.serve.door import Door
+from anamorph.serve.api.app import build_app
+from anamorph.serve.asgi.forward import Begin, Forwarded, Served, respond
+from anamorph.serve.door.app import Door
+from anamorph.serve.door.handles import Pieces
 from anamorph.serve.engines.fake import FakeEngine, continuation
-from anamorph.serve.forward import Begin, Forwarded, Served, respond
-from anamorph.serve.handles import Pieces
-from anamorph.serve.openai_api import build_app
 from anamorph.wire.inference import KEY_ID_HEADER
 from anamorph.wire.serving import DoorState, Route
 

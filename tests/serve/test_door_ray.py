@@ -21,7 +21,7 @@ import pytest
 from tests.serve.conftest import KCV, until
 
 from anamorph import errors
-from anamorph.serve.affinity import PREFIX_IDS
+from anamorph.serve.door.affinity import PREFIX_IDS
 from anamorph.serve.engines.fake import continuation
 from anamorph.wire import completions as calls
 from anamorph.wire.inference import KEY_ID_HEADER

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from anamorph.errors import Unavailable
+from anamorph.serve.api.app import build_app
+from anamorph.serve.asgi.forward import REPORT_TOKENS, Begin, Forwarded, Served, respond
 from anamorph.serve.engines.fake import FakeEngine, continuation
-from anamorph.serve.forward import REPORT_TOKENS, Begin, Forwarded, Served, respond
-from anamorph.serve.openai_api import build_app
 
 if TYPE_CHECKING:
     from tests.serve.conftest import Serve, Served as Endpoint  # noqa: I001

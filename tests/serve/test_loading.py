@@ -14,10 +14,9 @@ from pydantic import ValidationError
 
 from anamorph import telemetry
 from anamorph.errors import ReplicaRefused, SetupError
-from anamorph.serve.application import build
-from anamorph.serve.deployment import EngineReplica
-from anamorph.serve.endpoint import Endpoint
-from anamorph.serve.loading import open_engine
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.applications.engine import EngineReplica, build
+from anamorph.serve.engines.loading import open_engine
 from anamorph.wire.serving import EngineSettings
 
 if TYPE_CHECKING:

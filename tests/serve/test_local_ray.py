@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from anamorph.errors import SetupError
-from anamorph.serve.local_ray import RayProcess, start_ray, stop_ray
+from anamorph.serve.cluster.local import RayProcess, start_ray, stop_ray
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -11,8 +11,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from starlette.types import Receive, Scope, Send
 
 from anamorph import telemetry
-from anamorph.serve.answers import JSON
-from anamorph.serve.observed import Observed
+from anamorph.serve.asgi.answers import JSON
+from anamorph.serve.door.observed import Observed
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CALLER = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01", "tracestate": "vendor=patient-42"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anamorph.serve.placement import (
+from anamorph.serve.cluster.placement import (
     MEMORY,
     Demand,
     DoesNotFit,
@@ -23,7 +23,7 @@ from anamorph.serve.placement import (
     nodes_of,
     ray_resources,
 )
-from anamorph.serve.sizing import PROCESS_MIB, Size, read_size
+from anamorph.serve.cluster.sizing import PROCESS_MIB, Size, read_size
 from anamorph.wire.admin import Autoscaling
 from anamorph.wire.serving import EngineSettings, PoolSettings
 

@@ -33,8 +33,8 @@ from anamorph.cli.smollm2 import fetch_smollm2
 from anamorph.errors import SetupError, Unavailable, UnsupportedOption
 from anamorph.keys import TenantKey
 from anamorph.serve.engines.base import Engine, Load, Sampling, Token
-from anamorph.serve.engines.ranks import COLLECTIVE_S, Layout, bundles, check_layout, collective_s
-from anamorph.serve.engines.ranks_process import Part, call_meeting, interface, resident_bytes
+from anamorph.serve.engines.ranks.layout import COLLECTIVE_S, Layout, bundles, check_layout, collective_s
+from anamorph.serve.engines.ranks.process import Part, call_meeting, interface, resident_bytes
 from anamorph.serve.engines.torch import Capacity, TorchEngine
 from anamorph.wire.serving import EngineSettings
 

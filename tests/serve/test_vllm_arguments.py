@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from anamorph.errors import SetupError, UnsupportedOption
-from anamorph.serve.deployment import deployment
+from anamorph.serve.applications.engine import deployment
 from anamorph.serve.engines.folder import eos_ids, read, refuse_code, refuse_decoding_rules
-from anamorph.serve.engines.vllm import load
-from anamorph.serve.engines.vllm_arguments import arguments, environment
+from anamorph.serve.engines.vllm.arguments import arguments, environment
+from anamorph.serve.engines.vllm.engine import load
 from anamorph.wire.serving import EngineSettings
 
 CONFIG = {
@@ -34,7 +34,7 @@ PARENT = """
 import multiprocessing, os, time
 
 def child(ready):
-    from anamorph.serve.engines.vllm_plugin import end_with_parent
+    from anamorph.serve.engines.vllm.plugin import end_with_parent
     end_with_parent()
     ready.set()
     time.sleep(600)

@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import anamorph
 from anamorph.errors import MixedKeys, ReplicaRefused, SetupError
 from anamorph.keys import TenantKey
+from anamorph.serve.applications.pool import open_backend
 from anamorph.serve.engines.base import Sampling
 from anamorph.serve.engines.torch import PAGE
-from anamorph.serve.pool import open_backend
 from anamorph.serve.slots.base import Job
 from anamorph.serve.slots.host import HostMemory, mapped
 from anamorph.serve.slots.slot import TorchSlot

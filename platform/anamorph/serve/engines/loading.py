@@ -15,12 +15,12 @@ from urllib.parse import parse_qs
 from anamorph import replica
 from anamorph.errors import InvalidId, ReplicaRefused, SetupError
 from anamorph.replica.location import local_path
-from anamorph.serve.coldstart import ColdStart
-from anamorph.serve.endpoint import PLAINTEXT_FINGERPRINT
 from anamorph.serve.engines.base import Engine
+from anamorph.serve.engines.coldstart import ColdStart
 from anamorph.serve.engines.fake import FakeEngine
-from anamorph.serve.engines.ranks import Layout, check_layout, own_ranks
+from anamorph.serve.engines.ranks.layout import Layout, check_layout, own_ranks
 from anamorph.wire.ids import KeyId
+from anamorph.wire.inference import PLAINTEXT_FINGERPRINT
 from anamorph.wire.serving import Cache, EngineSettings
 
 FAKE = "fake:"
@@ -225,7 +225,7 @@ def _torch(settings: EngineSettings, folder: Path, threads: int | None) -> Engin
 
     check_layout(_config(folder), Layout.of(settings), settings.num_gpus)
     if own_ranks(settings) > 1:
-        from anamorph.serve.engines.ranks_actors import open_ranks
+        from anamorph.serve.engines.ranks.actors import open_ranks
 
         return open_ranks(settings, folder, verified)
     if threads is not None:
@@ -235,6 +235,6 @@ def _torch(settings: EngineSettings, folder: Path, threads: int | None) -> Engin
 
 def _vllm(settings: EngineSettings, folder: Path, threads: int | None) -> Engine:
     # Imported here: it reads vLLM's own package, which only an image for it holds.
-    from anamorph.serve.engines.vllm import load
+    from anamorph.serve.engines.vllm.engine import load
 
     return load(folder, settings, threads=threads)

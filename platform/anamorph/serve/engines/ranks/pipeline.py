@@ -17,7 +17,7 @@ import torch
 
 from anamorph.errors import Unavailable
 from anamorph.serve.engines.base import Load, Sampling, Token, finish_reason
-from anamorph.serve.engines.ranks_stage import COMPUTE, FORGET, STOP, WAIT, Stage
+from anamorph.serve.engines.ranks.stage import COMPUTE, FORGET, STOP, WAIT, Stage
 from anamorph.serve.engines.sampler import Drawn, Row, choose
 from anamorph.serve.engines.torch import PAGE, Capacity, ids_of, refuse_decoding_rules
 

@@ -20,10 +20,11 @@ from torch.distributed.tensor import DTensor
 from transformers import DistributedConfig
 
 from anamorph.errors import SetupError
-from anamorph.serve.engines import ranks_stage, ranks_tensor
 from anamorph.serve.engines.base import Engine
-from anamorph.serve.engines.ranks import Layout, cores
-from anamorph.serve.engines.ranks_pipeline import PipelineEngine
+from anamorph.serve.engines.ranks import stage
+from anamorph.serve.engines.ranks import tensor as tensor_parallel
+from anamorph.serve.engines.ranks.layout import Layout, cores
+from anamorph.serve.engines.ranks.pipeline import PipelineEngine
 from anamorph.serve.engines.torch import Capacity, load_model
 from anamorph.wire.serving import EngineSettings
 
@@ -141,7 +142,7 @@ class Part:
         """Rank 0: the engine; ``alive`` says whether the other ranks live."""
         if self._layout.pipeline > 1:
             return PipelineEngine(self.model, self._capacity, alive)
-        return ranks_tensor.lead(self.model, self._capacity, alive)
+        return tensor_parallel.lead(self.model, self._capacity, alive)
 
     def follow(self) -> None:
         """Any other rank: take part until rank 0 stops.
@@ -150,9 +151,9 @@ class Part:
             RuntimeError: another rank is gone or hangs.
         """
         if self._layout.pipeline > 1:
-            ranks_stage.follow(self.model, self._capacity.collective_s)
+            stage.follow(self.model, self._capacity.collective_s)
         else:
-            ranks_tensor.follow(self.model, self._capacity)
+            tensor_parallel.follow(self.model, self._capacity)
 
 
 @torch.no_grad()

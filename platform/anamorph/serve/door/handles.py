@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ray.serve.handle import DeploymentHandle
 
 from anamorph.errors import Unavailable
-from anamorph.serve.forward import Begin, Forwarded, Served
+from anamorph.serve.asgi.forward import Begin, Forwarded, Served
 from anamorph.wire.serving import deployment_name
 
 # Of ``EngineReplica`` and ``PoolReplica``.

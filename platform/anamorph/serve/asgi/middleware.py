@@ -16,9 +16,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anamorph import errors
-from anamorph.serve.answers import internal_error, refusal
-from anamorph.serve.asgi import relative_path
-from anamorph.serve.auth import OPERATOR, Caller, TokenVerifier, refused
+from anamorph.serve.asgi.answers import internal_error, refusal
+from anamorph.serve.asgi.auth import OPERATOR, Caller, TokenVerifier, refused
+from anamorph.serve.asgi.connection import relative_path
 from anamorph.wire.ids import KeyId
 from anamorph.wire.inference import KEY_ID_HEADER
 from anamorph.wire.serving import EngineSettings, KeyState

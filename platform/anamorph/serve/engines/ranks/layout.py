@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anamorph.errors import SetupError, UnsupportedOption
-from anamorph.serve.placement import ray_resources
+from anamorph.serve.cluster.placement import ray_resources
 from anamorph.wire.serving import EngineSettings
 
 # Ranks are in step with each other to the millisecond; one that answers nothing for so long hangs.

@@ -1,4 +1,7 @@
-"""The engine as a Ray Serve deployment: its replica is itself the HTTP ingress, one hop."""
+"""``anamorph.serve.applications.engine:build``: what Ray imports for one (tenant, model, version).
+
+The engine's replica is itself the HTTP ingress: one hop.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from anamorph import telemetry
-from anamorph.serve import scaling
-from anamorph.serve.coldstart import ColdStart
-from anamorph.serve.endpoint import Endpoint
-from anamorph.serve.engines.ranks import bundles, cores, own_ranks, placed_ranks
-from anamorph.serve.forward import Begin, Forwarded, Served, respond
-from anamorph.serve.loading import open_engine
-from anamorph.serve.openai_api import build_app
-from anamorph.serve.placement import ray_resources
+from anamorph.serve.api.app import build_app
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.applications import scaling
+from anamorph.serve.asgi.forward import Begin, Forwarded, Served, respond
+from anamorph.serve.cluster.placement import ray_resources
+from anamorph.serve.engines.coldstart import ColdStart
+from anamorph.serve.engines.loading import open_engine
+from anamorph.serve.engines.ranks.layout import bundles, cores, own_ranks, placed_ranks
 from anamorph.wire.serving import EngineSettings, KeyState
 
 DEPLOYMENT = "engine"
@@ -91,3 +94,13 @@ def deployment(settings: EngineSettings) -> Any:
             "resources": ray_resources(settings),
         },
     )
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The Ray Serve application of ``args``, which are ``EngineSettings``.
+
+    Raises:
+        pydantic.ValidationError: unknown or malformed settings; the application fails to deploy.
+    """
+    settings = EngineSettings.model_validate(args)
+    return deployment(settings).bind(settings.model_dump(mode="json"))

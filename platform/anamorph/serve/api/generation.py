@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing, suppress
-from typing import Any, TypeVar
-
-from starlette.types import Receive
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from anamorph.errors import Unavailable
 from anamorph.serve.engines.base import Engine, Sampling, Token
 
 Job = tuple[Sequence[int], Sampling]
 Indexed = tuple[int, Token]
-T = TypeVar("T")
 
 
 async def generate(engine: Engine, jobs: Sequence[Job], timeout_s: float) -> AsyncGenerator[Indexed, None]:
@@ -56,26 +52,3 @@ async def _next(arrived: asyncio.Queue[Indexed | Exception], deadline: float) ->
     if isinstance(item, Exception):
         raise item
     return item
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """Run ``work`` until it is done or the client is gone, which cancels it; then None.
-
-    Only for requests whose body has been read: from then on the next message is the
-    disconnect.
-    """
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
-    finally:
-        for one in (task, watcher):
-            one.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await one
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

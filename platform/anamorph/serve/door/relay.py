@@ -10,9 +10,9 @@ from contextlib import aclosing, suppress
 from starlette.types import Send
 
 from anamorph.errors import ServiceError, Unavailable
-from anamorph.serve.forward import Begin, Served
-from anamorph.serve.handles import Pieces
-from anamorph.serve.tally import Held, Tally
+from anamorph.serve.asgi.forward import Begin, Served
+from anamorph.serve.door.handles import Pieces
+from anamorph.serve.door.tally import Held, Tally
 from anamorph.wire import problems
 
 # For telling a client that its answer has broken off; it may have stopped reading.

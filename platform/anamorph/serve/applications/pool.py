@@ -1,4 +1,4 @@
-"""``anamorph.serve.pool:build``: what Ray imports for a pool, an engine that tenants share.
+"""``anamorph.serve.applications.pool:build``: what Ray imports for a pool, an engine that tenants share.
 
 It has no route. The door forwards to it, and the member's own endpoint checks token, key
 state and key id again.
@@ -15,11 +15,11 @@ from ray import serve
 from anamorph import telemetry
 from anamorph.errors import SetupError
 from anamorph.replica import Held
-from anamorph.serve import scaling
-from anamorph.serve.engines.ranks import cores
-from anamorph.serve.forward import Begin, Forwarded, Served, respond
-from anamorph.serve.loading import hold
-from anamorph.serve.placement import ray_resources
+from anamorph.serve.applications import scaling
+from anamorph.serve.asgi.forward import Begin, Forwarded, Served, respond
+from anamorph.serve.cluster.placement import ray_resources
+from anamorph.serve.engines.loading import hold
+from anamorph.serve.engines.ranks.layout import cores
 from anamorph.serve.slots.base import Backend
 from anamorph.serve.slots.fake import FakeBackend
 from anamorph.serve.slots.pool import Pool

@@ -22,8 +22,8 @@ from typing import Any
 from anamorph.errors import BadRequest, SetupError, Unavailable
 from anamorph.serve.engines import folder as files
 from anamorph.serve.engines.base import Load, Sampling, Token, finish_reason
-from anamorph.serve.engines.vllm_arguments import arguments, environment
-from anamorph.serve.engines.vllm_watch import watch_class
+from anamorph.serve.engines.vllm.arguments import arguments, environment
+from anamorph.serve.engines.vllm.watch import watch_class
 from anamorph.wire.serving import EngineSettings
 
 # Below the first a temperature is greedy, as in the torch engine; vLLM draws from the second on.

@@ -14,29 +14,23 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
-from ray import serve
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from anamorph import telemetry
 from anamorph.errors import Unavailable
-from anamorph.serve.affinity import Affinity
-from anamorph.serve.answers import JSON, not_found
-from anamorph.serve.asgi import lifespan, relative_path
-from anamorph.serve.auth import OPERATOR, Caller, TokenVerifier, refused
-from anamorph.serve.forward import Forwarded
-from anamorph.serve.generation import while_connected
-from anamorph.serve.handles import Engines, Handles
-from anamorph.serve.middleware import Answers, BodyLimit, check_status
-from anamorph.serve.observed import Observed
-from anamorph.serve.relay import Relay
-from anamorph.serve.tally import Tally
+from anamorph.serve.asgi.answers import JSON, not_found
+from anamorph.serve.asgi.auth import OPERATOR, Caller, TokenVerifier, refused
+from anamorph.serve.asgi.connection import lifespan, relative_path, while_connected
+from anamorph.serve.asgi.forward import Forwarded
+from anamorph.serve.asgi.middleware import Answers, BodyLimit, check_status
+from anamorph.serve.door.affinity import Affinity
+from anamorph.serve.door.handles import Engines
+from anamorph.serve.door.relay import Relay
+from anamorph.serve.door.tally import Tally
 from anamorph.wire.ids import LABEL
 from anamorph.wire.serving import DoorState, Route
 
-_SERVICE = "anamorph-door"
 # Starting a replica takes seconds to minutes; a restart of a serving one takes seconds.
 RETRY_PENDING_S = 5
 RETRY_SERVING_S = 1
@@ -187,39 +181,3 @@ _BY_THE_DOOR: dict[str, Callable[[Tally, Caller, Route], JSON]] = {
     "/healthz": _health,
     "/metrics": _metrics,
 }
-
-
-class DoorReplica:
-    """The door as a Ray Serve replica."""
-
-    def __init__(self) -> None:
-        self._door = Door(Handles())
-        self._observed = Observed(self._door.app(), telemetry.setup(_SERVICE))
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Called by Ray once the constructor is through."""
-        return self._observed
-
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take over the routes that the operator pushed, without a restart."""
-        state = DoorState.model_validate(user_config)
-        self._door.reconfigure(state)
-        self._observed.use(telemetry.setup(_SERVICE, otlp_endpoint=state.otlp_endpoint))
-
-
-def build(args: dict[str, Any]) -> Any:
-    """The Ray Serve application of the door; it takes no arguments."""
-    if args:
-        raise ValueError("the door takes no arguments; its state is its user_config")
-    replica: Any = serve.deployment(
-        serve.ingress()(DoorReplica),
-        name="door",
-        num_replicas=1,
-        # All that is held and streamed by it counts: each version has its own, lower bound.
-        max_ongoing_requests=10_000,
-        health_check_period_s=2,
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": 0.1},
-    )
-    return replica.bind()

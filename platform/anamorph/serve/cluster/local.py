@@ -34,7 +34,7 @@ import httpx
 import psutil
 
 from anamorph.errors import SetupError
-from anamorph.serve.session import Session
+from anamorph.serve.cluster.session import Session
 
 STATE_FILE = "ray.json"
 START_LOG = "ray-start.log"
@@ -240,7 +240,7 @@ def _environment(token_file: Path, ports: list[int], extra: Mapping[str, str]) -
         "DASHBOARD_METRIC_PORT": str(ports[8]),
         "RAY_SERVE_LOG_TO_STDERR": "0",
         # Ray's own text errors leave the proxy in OpenAI's shape.
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "anamorph.serve.proxy:middlewares",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "anamorph.serve.cluster.proxy:middlewares",
         # Several engines share the cores of one machine: a thread that waits for another must sleep,
         # not spin (measured under load: 59 ms instead of 0.2 ms for one small product).
         "OMP_WAIT_POLICY": "PASSIVE",

@@ -9,7 +9,7 @@ from opentelemetry.trace import SpanKind
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anamorph.serve.asgi import relative_path
+from anamorph.serve.asgi.connection import relative_path
 from anamorph.telemetry import Telemetry, clean, names, traces
 from anamorph.telemetry.metrics import histogram
 

@@ -13,14 +13,13 @@ from starlette.requests import Request
 
 from anamorph import telemetry
 from anamorph.errors import ServiceError
-from anamorph.serve.admission import Admission
-from anamorph.serve.auth import TokenVerifier
-from anamorph.serve.coldstart import ColdStart
+from anamorph.serve.api.admission import Admission
+from anamorph.serve.api.requests import Limits
+from anamorph.serve.asgi.auth import TokenVerifier
 from anamorph.serve.engines.base import Engine, Load
-from anamorph.serve.requests import Limits
+from anamorph.serve.engines.coldstart import ColdStart
+from anamorph.wire.inference import PLAINTEXT_FINGERPRINT
 from anamorph.wire.serving import EngineSettings, KeyState
-
-PLAINTEXT_FINGERPRINT = "plaintext"
 
 
 class Endpoint:

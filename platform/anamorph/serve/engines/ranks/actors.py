@@ -19,10 +19,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from anamorph.errors import SetupError
+from anamorph.serve.cluster.placement import ray_resources
 from anamorph.serve.engines.base import Engine
-from anamorph.serve.engines.ranks import Layout, bundles
-from anamorph.serve.engines.ranks_process import Meeting, Part, call_meeting
-from anamorph.serve.placement import ray_resources
+from anamorph.serve.engines.ranks.layout import Layout, bundles
+from anamorph.serve.engines.ranks.process import Meeting, Part, call_meeting
 from anamorph.wire.serving import EngineSettings
 
 T = TypeVar("T")

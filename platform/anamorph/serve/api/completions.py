@@ -13,12 +13,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from anamorph.errors import ServiceError, Unavailable
-from anamorph.serve import forward
-from anamorph.serve.answers import JSON
-from anamorph.serve.endpoint import Endpoint
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.api.generation import Indexed, generate
+from anamorph.serve.api.requests import Call, parse
+from anamorph.serve.asgi import forward
+from anamorph.serve.asgi.answers import JSON
+from anamorph.serve.asgi.connection import while_connected
 from anamorph.serve.engines.base import Token
-from anamorph.serve.generation import Indexed, generate, while_connected
-from anamorph.serve.requests import Call, parse
 from anamorph.telemetry import RequestTimer
 from anamorph.wire import problems
 from anamorph.wire.inference import KEY_ID_HEADER, Choice, Completion, CompletionUsage, Logprobs

@@ -9,12 +9,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anamorph.errors import Unavailable, Unprocessable
-from anamorph.serve.answers import JSON, method_not_allowed, not_found
-from anamorph.serve.asgi import lifespan, relative_path
-from anamorph.serve.completions import complete
-from anamorph.serve.endpoint import Endpoint
-from anamorph.serve.middleware import Answers, Authentication, BodyLimit, KeyIdHeader, KeyStatus
-from anamorph.serve.requests import PLAINTEXT
+from anamorph.serve.api.completions import complete
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.api.requests import PLAINTEXT
+from anamorph.serve.asgi.answers import JSON, method_not_allowed, not_found
+from anamorph.serve.asgi.connection import lifespan, relative_path
+from anamorph.serve.asgi.middleware import Answers, Authentication, BodyLimit, KeyIdHeader, KeyStatus
 
 Handler = Callable[[Endpoint, Request], Awaitable[Response]]
 

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import safe_open
 
 from anamorph.errors import SetupError
-from anamorph.serve.engines import vllm_plugin
-from anamorph.serve.engines.ranks import Layout, check_layout
+from anamorph.serve.engines.ranks.layout import Layout, check_layout
+from anamorph.serve.engines.vllm import plugin
 from anamorph.wire.serving import EngineSettings
 
 PAGE = 32  # tokens per block of the cache, as in the torch engine
@@ -25,11 +25,11 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     # Plugins are code of whatever else is installed: none but ours, which ends orphans.
-    "VLLM_PLUGINS": vllm_plugin.NAME,
+    "VLLM_PLUGINS": plugin.NAME,
     # A fork of a process with threads may hang.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # Warnings and errors only, and never the dump of a failed step: it quotes requests' options.
-    "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).with_name("vllm_logging.json")),
+    "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).with_name("logging.json")),
     # Binding would put every engine of a machine on the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }

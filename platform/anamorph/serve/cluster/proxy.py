@@ -1,8 +1,8 @@
 """Ray's own error answers, put into OpenAI's shape inside Ray's HTTP proxy.
 
 When a replica is dead, restarting or slow, the proxy answers by itself, in plain
-text. ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=anamorph.serve.proxy:middlewares``
-(set by ``local_ray``) puts this in front of it. An error answer of ours is JSON; one
+text. ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=anamorph.serve.cluster.proxy:middlewares``
+(set by ``local``) puts this in front of it. An error answer of ours is JSON; one
 that is not comes from Ray and is replaced.
 """
 
@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anamorph import errors
-from anamorph.serve.answers import not_found, refusal
+from anamorph.serve.asgi.answers import not_found, refusal
 
 # Ray's own health and routes pages.
 _INTERNAL = "/-/"
