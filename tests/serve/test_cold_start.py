@@ -127,16 +127,16 @@ def test_a_folder_that_changes_while_it_is_loaded_is_refused(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was loaded must be what was verified, to the last moment."""
-    from anamorph.serve.engines import loading
+    from anamorph.serve.engines import folder as configuration
 
-    read = loading._config
+    read = configuration.read
 
-    def changed_meanwhile(folder: Path) -> dict[str, Any]:
-        found = read(folder)
+    def changed_meanwhile(folder: Path, name: str) -> dict[str, Any]:
+        found = read(folder, name)
         damage(folder)
         return found
 
-    monkeypatch.setattr(loading, "_config", changed_meanwhile)
+    monkeypatch.setattr(configuration, "read", changed_meanwhile)
     with pytest.raises(ReplicaRefused, match="changed"):
         open_engine(published.settings())
 

@@ -65,6 +65,14 @@ def test_what_is_not_there_cannot_be_loaded(tmp_path: Path) -> None:
         open_engine(settings(engine="torch"))
 
 
+@pytest.mark.parametrize("engine", ["fake", "torch"])
+def test_a_folder_without_its_configuration_is_refused_by_name(tmp_path: Path, engine: str) -> None:
+    """Whatever the engine, a missing config.json is said to be missing."""
+    baseline = {"tenant": "plaintext", "version": 0, "protection": "plaintext", "key_id": None}
+    with pytest.raises(SetupError, match=r"no config\.json"):
+        open_engine(settings(**baseline, replica=str(tmp_path), engine=engine))
+
+
 def test_unknown_settings_fail_the_deployment() -> None:
     """A typing error in an argument is not ignored."""
     with pytest.raises(ValidationError):

@@ -203,7 +203,7 @@ LENGTHS = (1, 31, 33, 150)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tensor", "pipeline"])
-async def test_a_sharded_engine_is_the_whole_one(save: Save, layout: dict[str, int]) -> None:
+async def test_a_sharded_engine_is_the_whole_one(save: Save, layout: dict[str, Any]) -> None:
     """Greedy, drawn with a seed, biased, stopped, cancelled: what one process answers, token by token."""
     folder = save()
     whole: Any = AutoModelForCausalLM.from_pretrained(folder)
@@ -239,7 +239,7 @@ async def test_a_sharded_engine_is_the_whole_one(save: Save, layout: dict[str, i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tensor", "pipeline"])
-async def test_what_does_not_divide_evenly_is_still_exact(save: Save, layout: dict[str, int]) -> None:
+async def test_what_does_not_divide_evenly_is_still_exact(save: Save, layout: dict[str, Any]) -> None:
     """An odd vocabulary and an odd width, tied embeddings, an odd number of layers, sliding windows."""
     odd = {"vocab_size": 511, "intermediate_size": 97, "num_hidden_layers": 3, "tie_word_embeddings": True}
     folder = save(MistralForCausalLM, MistralConfig, sliding_window=24, **odd)
@@ -256,7 +256,7 @@ async def test_what_does_not_divide_evenly_is_still_exact(save: Save, layout: di
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tensor", "pipeline"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_rank_that_dies_or_hangs_ends_what_runs(
-    save: Save, layout: dict[str, int], how: signal.Signals
+    save: Save, layout: dict[str, Any], how: signal.Signals
 ) -> None:
     """A running request gets an error before its deadline, the engine is unhealthy, and takes no more."""
     with sharded(save(), **layout, request_timeout_s=6) as parts:
@@ -276,7 +276,7 @@ async def test_a_rank_that_dies_or_hangs_ends_what_runs(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tensor", "pipeline"])
-async def test_a_rank_that_takes_nothing_ends_what_runs(save: Save, layout: dict[str, int]) -> None:
+async def test_a_rank_that_takes_nothing_ends_what_runs(save: Save, layout: dict[str, Any]) -> None:
     """What one rank sends to another has the same bound as what all ranks do together."""
     with sharded(save(), **layout, request_timeout_s=6, hangs=True) as parts:
         with pytest.raises(Unavailable):
@@ -287,7 +287,7 @@ async def test_a_rank_that_takes_nothing_ends_what_runs(save: Save, layout: dict
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tensor", "pipeline"])
-async def test_a_rank_that_hangs_is_noticed_while_nothing_runs(save: Save, layout: dict[str, int]) -> None:
+async def test_a_rank_that_hangs_is_noticed_while_nothing_runs(save: Save, layout: dict[str, Any]) -> None:
     """Ranks hear of each other also between requests."""
     with sharded(save(), **layout, request_timeout_s=6) as parts:
         assert len(await run(parts.engine, prompt_of(3))) == 12

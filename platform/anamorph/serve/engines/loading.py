@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 import weakref
 from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs
 
 from anamorph import replica
 from anamorph.errors import InvalidId, ReplicaRefused, SetupError
 from anamorph.replica.location import local_path
+from anamorph.serve.engines import folder as configuration
 from anamorph.serve.engines.base import Engine
 from anamorph.serve.engines.coldstart import ColdStart
 from anamorph.serve.engines.fake import FakeEngine
@@ -127,7 +126,7 @@ def _loaded(
 
 def _engine(settings: EngineSettings, key_id: str, folder: Path, threads: int | None) -> Engine:
     if settings.engine == "fake":
-        config = _config(folder)
+        config = configuration.read(folder, configuration.CONFIG)
         return _fake(settings, key_id, int(config["vocab_size"]), float(config.get("delay_ms", 0)) / 1000)
     if settings.engine == "vllm":
         return _vllm(settings, folder, threads)
@@ -192,13 +191,6 @@ class _Told:
             _log.info("fetching a replica: %d of %d MiB", done >> 20, total >> 20)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    fields = json.loads((folder / "config.json").read_text())
-    if not isinstance(fields, dict):
-        raise SetupError("config.json is not an object")
-    return fields
-
-
 def _fileless(settings: EngineSettings, key_id: str) -> Engine:
     if settings.engine != "fake":
         raise SetupError(f"only the fake engine runs without files, not {settings.engine}")
@@ -223,7 +215,7 @@ def _torch(settings: EngineSettings, folder: Path, threads: int | None) -> Engin
 
     from anamorph.serve.engines.torch import Capacity, load
 
-    check_layout(_config(folder), Layout.of(settings), settings.num_gpus)
+    check_layout(configuration.read(folder, configuration.CONFIG), Layout.of(settings), settings.num_gpus)
     if own_ranks(settings) > 1:
         from anamorph.serve.engines.ranks.actors import open_ranks
 
