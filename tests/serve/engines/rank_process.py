@@ -1,4 +1,4 @@
-"""A rank that is a plain process, without Ray: ``python -m tests.serve.rank_process JSON``."""
+"""A rank that is a plain process, without Ray: ``python -m tests.serve.engines.rank_process JSON``."""
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ def sharded(folder: Path, *, hangs: bool = False, **fields: Any) -> Iterator[Sha
 
 
 def _start(given: dict[str, Any]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.serve.rank_process", json.dumps(given)]
-    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.serve.engines.rank_process", json.dumps(given)]
+    root = Path(__file__).parents[3]
     return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
 
 
