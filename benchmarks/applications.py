@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.serve.conftest import Issuer  # noqa: E402 -- the checkout, not a package
 
-from anamorph.serve.local_ray import RayProcess, start_ray, stop_ray  # noqa: E402 -- as above
+from anamorph.serve.cluster.local import RayProcess, start_ray, stop_ray  # noqa: E402 -- as above
 from anamorph.wire.serving import (  # noqa: E402 -- as above
     APP_IMPORT_PATH,
     DOOR_IMPORT_PATH,

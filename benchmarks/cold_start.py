@@ -54,8 +54,8 @@ def start_once(settings: str) -> dict[str, float]:
     """Open an engine as a replica process does; seconds of each phase. Runs in a process of its own."""
     import asyncio
 
-    from anamorph.serve.coldstart import ColdStart
-    from anamorph.serve.loading import open_engine
+    from anamorph.serve.engines.coldstart import ColdStart
+    from anamorph.serve.engines.loading import open_engine
     from anamorph.wire.serving import EngineSettings
 
     start = ColdStart()

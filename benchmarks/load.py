@@ -38,8 +38,8 @@ from benchmarks.applications import Cluster, tenant  # noqa: E402 -- the checkou
 from benchmarks.simulation.traffic import zipf  # noqa: E402 -- as above
 
 from anamorph.errors import AnamorphError  # noqa: E402 -- as above
+from anamorph.serve.cluster.local import start_ray, stop_ray  # noqa: E402 -- as above
 from anamorph.serve.engines.fake import continuation  # noqa: E402 -- as above
-from anamorph.serve.local_ray import start_ray, stop_ray  # noqa: E402 -- as above
 from anamorph.wire import completions  # noqa: E402 -- as above
 
 VOCAB = 1000

@@ -28,8 +28,8 @@ from anamorph import telemetry
 from anamorph.cli.smollm2 import fetch_smollm2
 from anamorph.errors import TooManyRequests
 from anamorph.keys import TenantKey
+from anamorph.serve.applications.pool import open_backend
 from anamorph.serve.engines.base import Sampling
-from anamorph.serve.pool import open_backend
 from anamorph.serve.slots.base import Backend, Opened
 from anamorph.serve.slots.engine import SlotEngine
 from anamorph.serve.slots.fairness import Limits

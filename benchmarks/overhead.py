@@ -40,7 +40,7 @@ from anamorph.canary.statistics import Ratio  # noqa: E402 -- as above
 from anamorph.canary.window import LEAST_PAIRS, Pair  # noqa: E402 -- as above
 from anamorph.cli.machine.model import default_model  # noqa: E402 -- as above
 from anamorph.keys import TenantKey  # noqa: E402 -- as above
-from anamorph.serve.local_ray import start_ray, stop_ray  # noqa: E402 -- as above
+from anamorph.serve.cluster.local import start_ray, stop_ray  # noqa: E402 -- as above
 from anamorph.wire.serving import APP_IMPORT_PATH, app_name, route_prefix  # noqa: E402 -- as above
 
 LENGTHS = (16, 64, 256)

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import anamorph
 from anamorph.cli.smollm2 import fetch_smollm2
 from anamorph.keys import TenantKey
-from anamorph.serve.local_ray import RayProcess, start_ray, stop_ray
+from anamorph.serve.cluster.local import RayProcess, start_ray, stop_ray
 from anamorph.wire import completions
 from anamorph.wire.serving import APP_IMPORT_PATH
 

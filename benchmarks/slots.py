@@ -39,9 +39,9 @@ from anamorph.canary.statistics import paired_ratio
 from anamorph.cli.smollm2 import fetch_smollm2
 from anamorph.keys import TenantKey
 from anamorph.replica import ReplicaManifest
+from anamorph.serve.applications.pool import open_backend
 from anamorph.serve.engines.base import Sampling
 from anamorph.serve.engines.torch import default_device
-from anamorph.serve.pool import open_backend
 from anamorph.serve.slots.base import Opened
 from anamorph.serve.slots.engine import SlotEngine
 from anamorph.serve.slots.fairness import Limits

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from posixpath import normpath
 
-from anamorph.serve.placement import Demand
+from anamorph.serve.cluster.placement import Demand
 from anamorph.wire.admin import KeyVersionRead
 from anamorph.wire.states import State
 from anamorph_operator import capacity

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anamorph.serve.placement import Demand, DoesNotFit, demand_of, fits, without_memory
-from anamorph.serve.sizing import Size
+from anamorph.serve.cluster.placement import Demand, DoesNotFit, demand_of, fits, without_memory
+from anamorph.serve.cluster.sizing import Size
 from anamorph.wire.admin import KeyVersionRead, ModelRead
 from anamorph.wire.serving import EngineSettings, PoolSettings, pool_name
 from anamorph_operator.state import Application, Desired, Observed, Ref

@@ -19,8 +19,8 @@ from typing import Any
 
 from anamorph import errors
 from anamorph.replica import Store
-from anamorph.serve.placement import Node
-from anamorph.serve.sizing import Size, read_size
+from anamorph.serve.cluster.placement import Node
+from anamorph.serve.cluster.sizing import Size, read_size
 from anamorph.wire.admin import Activation, Dtype, Failure, UsageReport
 from anamorph.wire.keyservice import AsyncKeyService, aeverything
 from anamorph.wire.serving import Cache, Usage

@@ -14,7 +14,7 @@ import httpx
 from pydantic import ValidationError
 
 from anamorph import errors
-from anamorph.serve.placement import Node, nodes_of
+from anamorph.serve.cluster.placement import Node, nodes_of
 from anamorph.wire.serving import (
     APP_IMPORT_PATH,
     DOOR_IMPORT_PATH,

@@ -12,8 +12,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from anamorph.serve.placement import Node
-from anamorph.serve.sizing import Size
+from anamorph.serve.cluster.placement import Node
+from anamorph.serve.cluster.sizing import Size
 from anamorph.wire.admin import Dtype, Engine, KeyVersionRead, ModelRead, PublicKey
 from anamorph.wire.serving import (
     Cache,

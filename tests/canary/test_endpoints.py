@@ -19,9 +19,9 @@ from starlette.types import ASGIApp
 from anamorph import telemetry
 from anamorph.canary import Target, measure
 from anamorph.errors import Unauthenticated
-from anamorph.serve.endpoint import Endpoint
+from anamorph.serve.api.app import build_app
+from anamorph.serve.api.endpoint import Endpoint
 from anamorph.serve.engines.fake import FakeEngine
-from anamorph.serve.openai_api import build_app
 from anamorph.wire.admin import PublicKey
 from anamorph.wire.serving import EngineSettings, KeyState
 

@@ -17,7 +17,7 @@ from tests.client.stack import Stack, faulty, keysvc_home_in, wait_until
 from anamorph import telemetry
 from anamorph.canary import Baselines, Watch, WatchSettings
 from anamorph.canary.window import LEAST_PAIRS
-from anamorph.serve.endpoint import Endpoint
+from anamorph.serve.api.endpoint import Endpoint
 from anamorph.serve.engines.fake import FakeEngine
 from anamorph.wire.completions import stream
 from anamorph.wire.serving import EngineSettings, KeyState, route_prefix

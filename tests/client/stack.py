@@ -18,10 +18,10 @@ from starlette.datastructures import Headers
 from anamorph.client.tokenizer import Tokenizer
 from anamorph.errors import NotFound, Unavailable
 from anamorph.keys import TenantKey
-from anamorph.serve.answers import refusal
-from anamorph.serve.endpoint import Endpoint
+from anamorph.serve.api.app import build_app
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.asgi.answers import refusal
 from anamorph.serve.engines.fake import FakeEngine
-from anamorph.serve.openai_api import build_app
 from anamorph.telemetry import build
 from anamorph.wire.admin import (
     Activation,

@@ -20,7 +20,7 @@ from tests.servers.otelcol import Collector, running_otelcol
 from tests.servers.process import PATIENCE_S, Program, free_port
 from tests.servers.prometheus import Prometheus, running_prometheus
 
-from anamorph.serve.local_ray import RayProcess, start_ray, stop_ray
+from anamorph.serve.cluster.local import RayProcess, start_ray, stop_ray
 from anamorph.wire.admin import (
     Activation,
     ApiKeyCreate,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from anamorph.serve.placement import Node, Room
-from anamorph.serve.sizing import Size
+from anamorph.serve.cluster.placement import Node, Room
+from anamorph.serve.cluster.sizing import Size
 from anamorph.wire.admin import Autoscaling, KeyVersionRead, ModelRead, Serving
 from anamorph.wire.serving import EngineSettings, PoolSettings
 from anamorph.wire.states import State

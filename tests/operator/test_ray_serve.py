@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from anamorph import errors
-from anamorph.serve.placement import Node, Room
+from anamorph.serve.cluster.placement import Node, Room
 from anamorph.wire.admin import Autoscaling, PublicKey
 from anamorph.wire.serving import (
     DoorState,

@@ -21,10 +21,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anamorph import telemetry
-from anamorph.serve.endpoint import Endpoint
+from anamorph.serve.api.app import build_app
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.cluster.local import RayProcess, start_ray, stop_ray
 from anamorph.serve.engines.fake import FakeEngine
-from anamorph.serve.local_ray import RayProcess, start_ray, stop_ray
-from anamorph.serve.openai_api import build_app
 from anamorph.wire.admin import PublicKey
 from anamorph.wire.inference import KEY_ID_HEADER
 from anamorph.wire.serving import (

@@ -25,8 +25,8 @@ import psutil
 from tests.servers.hosts import Hosts
 from tests.servers.process import MARK, PATIENCE_S
 
-from anamorph.serve.local_ray import INHERITED, INHERITED_PREFIXES, free_ports
-from anamorph.serve.session import Session
+from anamorph.serve.cluster.local import INHERITED, INHERITED_PREFIXES, free_ports
+from anamorph.serve.cluster.session import Session
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 
@@ -160,7 +160,7 @@ class RayCluster:
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_SERVE_LOG_TO_STDERR": "0",
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "anamorph.serve.proxy:middlewares",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "anamorph.serve.cluster.proxy:middlewares",
             "DASHBOARD_METRIC_PORT": str(metrics + 1),
             "OMP_WAIT_POLICY": "PASSIVE",
             "HF_HUB_OFFLINE": "1",

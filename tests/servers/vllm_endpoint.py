@@ -14,9 +14,9 @@ from pathlib import Path
 import uvicorn
 
 from anamorph import telemetry
-from anamorph.serve.endpoint import Endpoint
-from anamorph.serve.loading import open_engine
-from anamorph.serve.openai_api import build_app
+from anamorph.serve.api.app import build_app
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.engines.loading import open_engine
 from anamorph.wire.serving import EngineSettings, KeyState
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from anamorph.serve.engines.base import Sampling
-from anamorph.serve.engines.vllm import VllmEngine, load
+from anamorph.serve.engines.vllm.engine import VllmEngine, load
 from anamorph.wire.serving import EngineSettings
 
 PROMPT = list(range(3, 80))

@@ -28,8 +28,8 @@ from anamorph.cli.machine.tenants import ServedModel, keys_as, platform_keys
 from anamorph.client import TokenCodec
 from anamorph.errors import ServiceError
 from anamorph.keys import VocabKey
+from anamorph.serve.cluster.local import RayProcess
 from anamorph.serve.engines.fake import continuation
-from anamorph.serve.local_ray import RayProcess
 from anamorph.wire.admin import KeyVersionRead, Role, RotationPolicy
 from anamorph.wire.keyservice import KeyService, everything
 from anamorph.wire.states import State

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 
 from anamorph import telemetry
-from anamorph.serve.coldstart import ColdStart
+from anamorph.serve.engines.coldstart import ColdStart
 from anamorph.telemetry import Telemetry, traces
 from anamorph.telemetry.traces import Phase
 

@@ -18,7 +18,7 @@ from tests.servers.vllm_process import environment, vllm_python
 from tests.vllm.conftest import Reference, Serve, Settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from anamorph.serve.local_ray import RayProcess, stop_ray
+from anamorph.serve.cluster.local import RayProcess, stop_ray
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,7 +26,7 @@ SALTS = Path(__file__).parents[1] / "servers" / "vllm_salts.py"
 START_RAY = """
 import sys
 from pathlib import Path
-from anamorph.serve.local_ray import start_ray
+from anamorph.serve.cluster.local import start_ray
 start_ray(Path(sys.argv[1]), num_cpus=4)
 """
 

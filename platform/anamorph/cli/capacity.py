@@ -16,8 +16,8 @@ from rich.text import Text
 from anamorph.cli.machine.home import Home, HomeOption
 from anamorph.cli.output import AsJson, show
 from anamorph.errors import SetupError
-from anamorph.serve.local_ray import RayProcess
-from anamorph.serve.placement import (
+from anamorph.serve.cluster.local import RayProcess
+from anamorph.serve.cluster.placement import (
     Demand,
     DoesNotFit,
     Node,
@@ -28,7 +28,7 @@ from anamorph.serve.placement import (
     nodes_of,
     without_memory,
 )
-from anamorph.serve.sizing import read_size
+from anamorph.serve.cluster.sizing import read_size
 from anamorph.wire.admin import Dtype
 from anamorph.wire.serving import APP_IMPORT_PATH, POOL_IMPORT_PATH, EngineSettings, PoolSettings
 

@@ -13,7 +13,7 @@ from anamorph.cli.machine.processes import alive
 from anamorph.cli.machine.tenants import platform_keys
 from anamorph.cli.output import AsJson
 from anamorph.errors import ServiceError
-from anamorph.serve.local_ray import RayProcess
+from anamorph.serve.cluster.local import RayProcess
 from anamorph.wire.admin import KeyVersionRead
 from anamorph.wire.keyservice import everything
 

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 KEY_ID_HEADER = "Anamorph-Key-Id"
+# ``system_fingerprint`` of an answer without a key; of all others it is the key id.
+PLAINTEXT_FINGERPRINT = "plaintext"
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 

@@ -15,9 +15,9 @@ from anamorph.wire.ids import Label
 
 Protection = Literal["plaintext", "encrypted"]
 
-APP_IMPORT_PATH = "anamorph.serve.application:build"
-POOL_IMPORT_PATH = "anamorph.serve.pool:build"
-DOOR_IMPORT_PATH = "anamorph.serve.door:build"
+APP_IMPORT_PATH = "anamorph.serve.applications.engine:build"
+POOL_IMPORT_PATH = "anamorph.serve.applications.pool:build"
+DOOR_IMPORT_PATH = "anamorph.serve.applications.door:build"
 # Code of a pool's 503 for a member that will never be served: another attempt makes no sense.
 REPLICA_REFUSED = "replica_refused"
 

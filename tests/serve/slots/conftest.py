@@ -12,8 +12,8 @@ import pytest
 from tests.serve.conftest import NOW, Issuer
 
 from anamorph import telemetry
-from anamorph.serve.forward import Begin, Forwarded, respond
-from anamorph.serve.pool import open_backend
+from anamorph.serve.applications.pool import open_backend
+from anamorph.serve.asgi.forward import Begin, Forwarded, respond
 from anamorph.serve.slots.base import Backend
 from anamorph.serve.slots.pool import Pool
 from anamorph.wire.inference import KEY_ID_HEADER

@@ -15,9 +15,9 @@ from tests.serve.slots.conftest import KCV, Asked, Start, member
 
 from anamorph import telemetry
 from anamorph.errors import MixedKeys, SetupError, StoreUnavailable
+from anamorph.serve.applications.pool import PoolReplica, build, open_backend
+from anamorph.serve.asgi.forward import Begin, Forwarded, Served
 from anamorph.serve.engines.fake import continuation
-from anamorph.serve.forward import Begin, Forwarded, Served
-from anamorph.serve.pool import PoolReplica, build, open_backend
 from anamorph.serve.slots.base import Job, Opened
 from anamorph.serve.slots.fake import FakeBackend, FakeSlot
 from anamorph.wire.inference import KEY_ID_HEADER

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from anamorph.errors import ReplicaRefused
-from anamorph.serve.loading import open_engine
+from anamorph.serve.engines.loading import open_engine
 from anamorph.wire.serving import EngineSettings
 
 

@@ -19,7 +19,7 @@ from anamorph.cli.machine.home import MODEL, TENANTS, Home, Running, SystemState
 from anamorph.cli.machine.processes import MARK, alive, await_file, end, end_marked, spawn
 from anamorph.cli.machine.tenants import Report, ServedModel, await_active, ensure_tenant
 from anamorph.errors import SetupError
-from anamorph.serve.local_ray import RayProcess, free_ports, start_ray, stop_ray
+from anamorph.serve.cluster.local import RayProcess, free_ports, start_ray, stop_ray
 
 Say = Callable[[str], None]
 

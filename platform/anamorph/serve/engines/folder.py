@@ -40,13 +40,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
-    """One of the two files; empty where it does not exist.
+    """One of the two files; empty for a model without generation_config.json, which it need not have.
 
     Raises:
-        SetupError: it is not a JSON object.
+        SetupError: config.json is missing, or the file is not a JSON object.
     """
     path = folder / name
     if not path.exists():
+        if name == CONFIG:
+            raise SetupError(f"the folder holds no {name}; a model's folder needs one")
         return {}
     try:
         fields = json.loads(path.read_text())

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from anamorph.errors import SetupError, Unavailable, UnsupportedOption
 from anamorph.serve.engines.base import Load, Sampling, Token, finish_reason
 from anamorph.serve.engines.folder import refuse_code
-from anamorph.serve.engines.ranks import collective_s
+from anamorph.serve.engines.ranks.layout import collective_s
 from anamorph.serve.engines.sampler import Drawn, Sampler
 from anamorph.wire.admin import Dtype
 from anamorph.wire.serving import EngineSettings, PoolSettings

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from anamorph import telemetry
 from anamorph.errors import AnamorphError, Forbidden, Gone, ReplicaRefused, ServiceError, StoreUnavailable
-from anamorph.serve.answers import not_found, refusal
+from anamorph.serve.asgi.answers import not_found, refusal
 from anamorph.serve.slots.base import Backend
 from anamorph.serve.slots.engine import SlotEngine
 from anamorph.serve.slots.fairness import Limits

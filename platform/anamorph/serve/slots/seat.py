@@ -8,13 +8,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anamorph import telemetry
 from anamorph.errors import Unavailable
-from anamorph.serve.admission import Admission
-from anamorph.serve.asgi import lifespan
-from anamorph.serve.auth import TokenVerifier
-from anamorph.serve.endpoint import Endpoint
+from anamorph.serve.api.admission import Admission
+from anamorph.serve.api.app import build_app
+from anamorph.serve.api.endpoint import Endpoint
+from anamorph.serve.asgi.auth import TokenVerifier
+from anamorph.serve.asgi.connection import lifespan
+from anamorph.serve.asgi.middleware import Answers, Authentication, KeyStatus
 from anamorph.serve.engines.base import Load, Sampling, Token
-from anamorph.serve.middleware import Answers, Authentication, KeyStatus
-from anamorph.serve.openai_api import build_app
 from anamorph.serve.slots.base import Opened
 from anamorph.serve.slots.engine import SlotEngine
 from anamorph.wire.admin import PublicKey
