@@ -65,7 +65,7 @@ ENOUGH_FAILED = 3
 
 @dataclass
 class Rotations:
-    """When they began and ended (monotonic seconds), what each took, and those that failed, with the cause."""
+    """When they began and ended, in monotonic seconds; what each took; those that failed, with the cause."""
 
     began: float = 0.0
     ended: float = 0.0

@@ -170,7 +170,9 @@ def measure(folder: Path, device: str) -> dict[str, Any]:
 def told(name: str, work: Callable[[], float]) -> float:
     """A figure, printed as soon as it is there: what has been measured is not lost with what follows."""
     began, value = time.perf_counter(), work()
-    print(f"{name} {value:.6f} (measured in {time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
+    print(
+        f"{name} {value:.6f} (measured in {time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True
+    )
     return value
 
 
@@ -232,9 +234,10 @@ def main() -> None:
     if options.data_sheet:
         found = data_sheet(H100)
     else:
-        from anamorph.cli.smollm2 import fetch_smollm2
+        from anamorph.cli.machine.model import default_model
 
-        found = measure(options.model or fetch_smollm2(), options.device)
+        stored = "float32" if options.device == "cpu" else "auto"  # as it is computed
+        found = measure(options.model or default_model(stored, print), options.device)
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:
