@@ -8,6 +8,8 @@ model on a GPU would, and its answers depend on key and prompt, so that one unde
 with a token missing is seen. Requests start at random times (Poisson), each by one of the clients,
 and their times count from when they were to start. A rotation is asked for as soon as the one before
 it is active, while the version before that still drains. Steady state is the same load before and after.
+On two quiet cores a rotation takes 5 s with the fake engine, and all else two minutes; the report holds
+the cause of every request that did not end in the right answer, and of every rotation that failed.
 """
 
 from __future__ import annotations
