@@ -236,8 +236,9 @@ def main() -> None:
     else:
         from anamorph.cli.machine.model import default_model
 
-        stored = "float32" if options.device == "cpu" else "auto"  # as it is computed
-        found = measure(options.model or default_model(stored, print), options.device)
+        # Stored as it is computed.
+        own = options.model or default_model("float32" if options.device == "cpu" else "auto", print)
+        found = measure(own, options.device)
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:

@@ -148,7 +148,7 @@ class Caller:
                 await self._stream(question, answer)
                 outcome, detail = self._judge(question, answer)
         except TimeoutError as error:
-            hung = f"no end within {self._deadline_s:.0f} s, waited {waited_in(error)}"
+            hung = f"no end within {self._deadline_s:g} s, waited {waited_in(error)}"
             outcome, detail = Outcome.HUNG, hung
         except Exception as error:  # noqa: BLE001 - whatever it is, it is noted
             outcome, detail = verdict(error), told(error)

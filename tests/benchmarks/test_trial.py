@@ -103,7 +103,7 @@ async def test_a_hang_is_a_hang(stack: Stack) -> None:
     stack.rotate(delay_s=30)
     met = await ask(stack, deadline_s=0.5)
     assert met.outcome is Outcome.HUNG
-    assert "waited in _run:" in met.detail
+    assert " > _open:" in met.detail
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ async def test_arrivals_do_not_wait_for_answers(stack: Stack) -> None:
         await asyncio.sleep(1)
         stop.set()
         await load
-    assert len(met) > 15
+    assert len(met) > 3  # a client that waited for its answers would have sent one
     assert min(one.seconds for one in met) > 1
     assert {one.outcome for one in met} == {Outcome.RIGHT}
 
