@@ -101,6 +101,6 @@ docs: $(READY)  ## the documentation as a site, in build/docs; fails on a dead l
 	$(BIN)/python -m anamorph_keysvc.reference docs/api.md
 	$(BIN)/uv tool run --python $(BIN)/python --with-requirements docs/requirements.txt zensical build --strict --clean
 
-clean:  ## remove everything that the other targets made
+clean:  ## remove what the other targets made here; the models stay in ~/.cache/anamorph
 	rm -rf $(VENV) $(VLLM_VENV) build dist reports .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from anamorph.checkpoint import fold
 from anamorph.checkpoint.compare import Comparison, difference, encrypted, load, logits, plain
 from anamorph.keys import TenantKey
+from anamorph.models.options import ROPE_TYPES
 from anamorph.plan import PROFILES, Profile
 
 ROPE: dict[str, dict[str, Any]] = {
@@ -34,6 +36,7 @@ ROPE: dict[str, dict[str, Any]] = {
         "factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+    "proportional": {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.5},
 }
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -84,6 +87,11 @@ def compared(base: Path, replica: Path, key: TenantKey, dtype: torch.dtype) -> C
     expected = logits(load(base, dtype), ids())
     found = logits(load(replica, dtype), encrypted(ids(), key.vocab_key(), 96))
     return difference(expected, plain(found, key.vocab_key()))
+
+
+def test_every_rope_type_is_a_case() -> None:
+    """What transformers knows, tables cover, and each is compared below; ``default`` in the other cases."""
+    assert set(ROPE_INIT_FUNCTIONS) == set(ROPE) == set(ROPE_TYPES) - {"default"}
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from base64 import b64decode, b64encode
+from base64 import b64decode, b64encode, urlsafe_b64encode
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -19,8 +19,10 @@ import pytest
 
 from anamorph.cli.materialize import Order, run
 from anamorph.errors import ServiceError
+from anamorph.keys import TenantKey
+from anamorph.keys.derive import PURPOSES
 from anamorph.replica import Store, verify
-from anamorph.wire.admin import ReleaseRead
+from anamorph.wire.admin import KeyVersionRead, ReleaseRead
 from anamorph.wire.keyservice import KeyService
 from anamorph.wire.states import State
 
@@ -76,10 +78,23 @@ def test_a_job_stages_a_replica_that_verifies(anamorph: Run, materializing: Any)
     assert not (materializing.scratch / materializing.tenant / "chat" / "v1").exists()
 
 
-def test_neither_grant_nor_root_is_left_anywhere(
+def spellings(secret: bytes) -> set[bytes]:
+    """Raw, hexadecimal, and base64 without its last, shared characters."""
+    return {secret, secret.hex().encode(), b64encode(secret)[:42], urlsafe_b64encode(secret)[:42]}
+
+
+def secrets_of(keys: Remembering, version: KeyVersionRead) -> set[bytes]:
+    """The root and every subkey that a materialisation derives, in every spelling."""
+    key = TenantKey.from_root(keys.root, version.tenant, version.model, version.version)
+    assert key.id == version.key_id
+    spaces = [*PURPOSES, "residual", "layers.0.heads", "layers.1.qk", "layers.0.vo", "layers.1.ffn"]
+    return {form for secret in (keys.root, *map(key.subkey, spaces)) for form in spellings(secret)}
+
+
+def test_neither_grant_nor_key_is_left_anywhere(
     materializing: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Raw, hex or base64: in no file of store or scratch, and nothing printed."""
+    """Root and subkeys, raw, hex or base64: in no file of a real replica or of scratch, nor printed."""
     order = materializing.order()
     keys = Remembering(order["keysvc"], order["grant"], transport=Watched(fail_at=":stage"))
     with keys, pytest.raises(ServiceError) as caught:
@@ -88,8 +103,8 @@ def test_neither_grant_nor_root_is_left_anywhere(
     content = b"".join(path.read_bytes() for path in files if path.is_file())
     printed = "".join(capfd.readouterr()) + repr(caught.value) + repr(Order.model_validate(order))
     assert len(keys.root) == 32
-    assert content
-    for secret in (order["grant"].encode(), keys.root, keys.root.hex().encode(), b64encode(keys.root)):
+    assert {path.name for path in files} > {"anamorph.json", "model.safetensors"}
+    for secret in {order["grant"].encode()} | secrets_of(keys, materializing.version):
         assert secret not in content
         assert secret not in printed.encode()
 

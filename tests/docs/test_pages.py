@@ -66,6 +66,14 @@ def test_readme_shows_a_result_early() -> None:
     assert "make demo" in "\n".join(lines[:18])
 
 
+def test_readme_has_its_order() -> None:
+    """What it is, what it protects and what it does not, two commands, the flow; then the rest."""
+    text = (ROOT / "README.md").read_text()
+    order = ["Anamorph serves", "**T1**", "**broken**", "make demo\nmake test", "flow.svg", "\n## "]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/threat-model.md", "SECURITY.md"])
 def test_every_adversary_is_named(name: str) -> None:
     """Where security is spoken of, all five adversaries are, and that T3 breaks it is said outright."""

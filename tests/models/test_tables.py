@@ -124,6 +124,8 @@ REFUSED: list[tuple[str, str, Any]] = [
     ("llama", "rope_scaling", "linear"),
     ("llama", "rope_parameters", {"full_attention": {"rope_type": "default"}}),
     ("llama", "rope_parameters", {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}),
+    ("llama", "rope_parameters", {"rope_type": "proportional", "partial_rotary_factor": 1.5}),
+    ("llama", "rope_parameters", {"rope_type": "proportional", "partial_rotary_factor": True}),
     ("llama", "partial_rotary_factor", 0.5),
     ("llama", "rope_interleaved", True),
     ("llama", "quantization_config", {"quant_method": "gptq"}),

@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 from tests.serve.conftest import Cluster, Issuer, until
-from tests.servers.ray_cluster import RayCluster, running_cluster
+from tests.servers.hosts import running_hosts
+from tests.servers.ray_cluster import Node, RayCluster, running_cluster
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import anamorph
@@ -35,7 +36,8 @@ PIPELINE = {"pipeline_parallel": 2}
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """Three nodes with room for one rank each: every replica of two ranks lies on two nodes."""
-    with running_cluster(tmp_path_factory.mktemp("ray"), num_cpus=(1, 1, 1)) as started:
+    folder = tmp_path_factory.mktemp("ray")
+    with running_hosts() as hosts, running_cluster(folder, num_cpus=(1, 1, 1), hosts=hosts) as started:
         yield started
 
 
@@ -127,6 +129,12 @@ def titled(nodes: RayCluster, title: str) -> dict[int, str]:
     return found
 
 
+def a_part(nodes: RayCluster) -> Node:
+    """A node, not the head, that has a rank."""
+    here = {*titled(nodes, "EngineRank").values(), *titled(nodes, "v1:engine").values()}
+    return next(node for node in nodes.nodes[1:] if node.address in here)
+
+
 def groups(nodes: RayCluster) -> list[str]:
     """Placement groups that are not removed."""
     url = f"{nodes.dashboard_url}/api/v0/placement_groups?limit=1000"
@@ -207,8 +215,7 @@ def test_a_lost_node_takes_the_replica_to_others(
 ) -> None:
     """The machine of a rank dies under a stream: an error event, and a replica on the nodes that are left."""
     serve(**TENSOR)
-    here = {*titled(nodes, "EngineRank").values(), *titled(nodes, "v1:engine").values()}
-    lost = next(node for node in nodes.nodes[1:] if node.address in here)
+    lost = a_part(nodes)
     stream = client.stream([10, 20, 30], 3900)
     next(stream)
     lost.kill()
@@ -216,6 +223,27 @@ def test_a_lost_node_takes_the_replica_to_others(
         list(stream)
     until("the replica", lambda: client.answers([1, 2, 3]))
     assert len(titled(nodes, "EngineRank")) == len(titled(nodes, "v1:engine")) == 1
+
+
+def test_a_node_that_is_cut_off_is_replaced_and_gives_up(
+    nodes: RayCluster, serve: Callable[..., str], client: Client
+) -> None:
+    """Its packets vanish under a stream: an error event, a replica elsewhere, nothing of the old later."""
+    if nodes.hosts is None:
+        pytest.skip("needs root, to make network namespaces")
+    while len(nodes.alive()) < 3:
+        nodes.add(1)
+    serve(**TENSOR)
+    lost = a_part(nodes)
+    stream = client.stream([10, 20, 30], 3900)
+    next(stream)
+    nodes.hosts.cut(lost.host)
+    with pytest.raises(StreamInterrupted):
+        list(stream)
+    until("the replica", lambda: client.answers([1, 2, 3]), 180)
+    nodes.hosts.mend(lost.host)
+    until("the end of what was cut off", lambda: lost.pids() == [])
+    assert len(titled(nodes, "EngineRank")) == len(titled(nodes, "v1:engine")) == len(groups(nodes)) == 1
 
 
 def test_nothing_of_it_is_left(nodes: RayCluster) -> None:

@@ -14,6 +14,7 @@ DEBIAN = Path("/usr/lib/postgresql")
 RELEASE = "its project's release"
 # Which Debian package brings a program; all others come from their own projects' releases.
 PACKAGES = {
+    "ip": "iproute2",
     "initdb": "postgresql-15",
     "postgres": "postgresql-15",
     "pg_ctl": "postgresql-15",

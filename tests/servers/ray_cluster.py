@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, each on a loopback address and in a session of its own.
+"""A Ray cluster of several nodes on this machine, each on an address and in a session of its own.
 
 Nodes are ordinary ``ray start`` processes: a node is killed as a machine dies, all of it
 at once, and nothing of it is shared with the others but the files.
@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import psutil
+from tests.servers.hosts import Hosts
 from tests.servers.process import MARK, PATIENCE_S
 
 from anamorph.serve.local_ray import INHERITED, INHERITED_PREFIXES, free_ports
@@ -34,10 +35,15 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disab
 
 @dataclass
 class Node:
-    """One node: its loopback address and the POSIX session of all its processes."""
+    """One node: its address, whose last number is the host's, and the POSIX session of all its processes."""
 
     address: str
     session: Session
+
+    @property
+    def host(self) -> int:
+        """Its number among the cluster's hosts."""
+        return int(self.address.rpartition(".")[2])
 
     def pids(self) -> list[int]:
         return self.session.members()
@@ -66,6 +72,7 @@ class RayCluster:
     serve_port: int
     token_file: Path
     env: Mapping[str, str] = field(default_factory=dict)
+    hosts: Hosts | None = None
     nodes: list[Node] = field(default_factory=list)
 
     @property
@@ -143,9 +150,10 @@ class RayCluster:
         ports |= {"ray-client-server-port": client} if number == 1 else {}
         sizes = {"num-cpus": num_cpus, "object-store-memory": 100_000_000, "resources": resources}
         options = {"node-ip-address": address, **ports, **sizes}
+        host = self.hosts.command(number) if self.hosts else []
         with (self.home / f"node-{number}.log").open("wb") as log:
             child = subprocess.Popen(
-                [*RAY, *flags, *(f"--{name}={value}" for name, value in options.items())],
+                [*host, *RAY, *flags, *(f"--{name}={value}" for name, value in options.items())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -194,7 +202,10 @@ def _succeeds(url: str, headers: dict[str, str], body: dict[str, Any]) -> bool:
 
 @contextmanager
 def running_cluster(
-    home: Path, num_cpus: Sequence[int] = (4, 4), env: Mapping[str, str] | None = None
+    home: Path,
+    num_cpus: Sequence[int] = (4, 4),
+    env: Mapping[str, str] | None = None,
+    hosts: Hosts | None = None,
 ) -> Iterator[RayCluster]:
     """A cluster with one node for each entry of ``num_cpus``, the head first; nothing of it is left.
 
@@ -202,15 +213,17 @@ def running_cluster(
         home: receives logs and the cluster's token.
         num_cpus: logical CPUs of each node: what they limit is placement, not threads.
         env: further environment of every process.
+        hosts: each node on a host of its own, the head on this machine; otherwise on loopback addresses.
     """
     # Sockets lie deep below Ray's folder and their paths are short: not under pytest's.
     with tempfile.TemporaryDirectory(prefix="ray-nodes-", dir="/tmp", ignore_cleanup_errors=True) as temp:
         token = home / "ray-token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        network = f"127.{random.randint(1, 254)}.{random.randint(0, 254)}"
+        loopback = f"127.{random.randint(1, 254)}.{random.randint(0, 254)}"
+        network = hosts.network if hosts else loopback
         gcs, dashboard, serve = free_ports(3)
-        cluster = RayCluster(home, Path(temp), network, gcs, dashboard, serve, token, env or {})
+        cluster = RayCluster(home, Path(temp), network, gcs, dashboard, serve, token, env or {}, hosts)
         try:
             cluster.start_head(num_cpus[0])
             for cpus in num_cpus[1:]:

@@ -62,7 +62,7 @@ def each(*allowed: Any) -> Rule:
 FLAG = only(True, False)
 UNSET = only(None, False, fate="drop")
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 _ROPE_FIELDS = frozenset(
     {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"}
     | {"beta_fast", "beta_slow", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor"}
@@ -81,7 +81,14 @@ def _rope_complaint(value: Any) -> str | None:
     kind = value.get("rope_type", value.get("type", "default"))
     if kind not in ROPE_TYPES or value.get("type", kind) != kind:
         return f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-    return _partial_complaint(value.get("partial_rotary_factor"))
+    share = value.get("partial_rotary_factor")
+    return _share_complaint(share) if kind == "proportional" else _partial_complaint(share)
+
+
+def _share_complaint(value: Any) -> str | None:
+    # Pairs beyond the share have frequency 0: whatever commutes with a rotation commutes with none.
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return None if value is None or (number and 0 <= value <= 1) else "partial_rotary_factor is from 0 to 1"
 
 
 def _partial_complaint(value: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from rich.panel import Panel
@@ -10,6 +11,7 @@ from rich.table import Table
 from anamorph.cli.demo.stage import ACME, Stage
 from anamorph.cli.machine.home import MODEL
 from anamorph.client import Client
+from anamorph.client.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -80,11 +82,13 @@ def _compare(stage: Stage, question: str, answer: str) -> None:
     elif stage.dtype == "float32":
         stage.check(False, f"equals the plaintext model's greedy answer, which is {expected!r}")
     else:
-        stage.check(True, f"{stage.dtype}: {_first_difference(stage, answer, expected)}")
+        stage.check(True, f"{stage.dtype}: {first_difference(stage.tokenizer, answer, expected)}")
 
 
-def _first_difference(stage: Stage, answer: str, expected: str) -> str:
-    ours, theirs = stage.tokenizer.encode(answer), stage.tokenizer.encode(expected)
-    pairs = zip([*ours, None], [*theirs, None], strict=False)
-    place = next(index for index, (a, b) in enumerate(pairs) if a != b)
-    return f"differs from the plaintext model's greedy answer from token {place + 1} on"
+def first_difference(tokenizer: Tokenizer, answer: str, expected: str) -> str:
+    """Where two answers part, and with which tokens; an answer that is over there has the empty one."""
+    ours, theirs = tokenizer.encode(answer), tokenizer.encode(expected)
+    pairs = zip_longest(ours, theirs)
+    place = next((index for index, (a, b) in enumerate(pairs) if a != b), len(ours))
+    mine, plain = (tokenizer.decode(ids[place : place + 1]) for ids in (ours, theirs))
+    return f"token {place + 1} is {mine!r}, in the plaintext model's greedy answer {plain!r}"
