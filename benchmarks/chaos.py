@@ -171,6 +171,8 @@ async def _back(site: Site, chaos: Chaos) -> float | None:
         if not chaos.amiss and {one.tenant for one in since if _right(one)} == set(site.tenants):
             say(f"back {asked - repaired:.0f} s after the last repair", chaos)
             return asked - repaired
+        seen = chaos.amiss or ["a tenant has had no answer since"]
+        say(f"{asked - repaired:.0f} s after the last repair not back: {'; '.join(seen)[:300]}", chaos)
     return None
 
 
