@@ -32,7 +32,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 REPORT = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-vllm bench-vllm lint format bench docs clean
+.PHONY: help setup demo test test-unit test-vllm bench-vllm lint format bench bench-long docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -83,8 +83,19 @@ format: $(READY)  ## rewrite sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## the benchmarks, one after the other
-	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(WITH_SERVERS) $(BIN)/python "$$file" $(ARGS); done
+# Minutes on two quiet cores, about. vllm_overhead.py needs an environment of its own: make bench-vllm.
+BENCH := keys=1 memory=1 exactness=2 fold=1 cold_start=2 simulate=3 service_times=2 serving_path=4 sharding=3 \
+  neighbours=3 load=2 keysvc_outage=2 keysvc_release=2 applications=4
+BENCH_LONG := slots=7 keysvc_scale=7 overhead=21 rotations=12 chaos=23
+SUM = $$(( 0$(foreach one,$(1), + $(lastword $(subst =, ,$(one)))) ))
+RUN_EACH = @echo "$(1): about $(call SUM,$(1)) minutes"; set -e; $(foreach one,$(1),\
+	  echo "== $(subst =,.py: about ,$(one)) min"; $(WITH_SERVERS) $(BIN)/python benchmarks/$(firstword $(subst =, ,$(one))).py $(ARGS);)
+
+bench: $(READY)  ## the short benchmarks, one after the other
+	$(call RUN_EACH,$(BENCH))
+
+bench-long: $(READY)  ## the long ones, for a quiet machine: slots, rotations, chaos and others
+	$(call RUN_EACH,$(BENCH_LONG))
 
 docs: $(READY)  ## the documentation as a site, in build/docs; fails on a dead link
 	$(BIN)/python -m anamorph_keysvc.reference docs/api.md

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 BATCHES = (1, 2, 4, 8, 16)
 PROMPT, CONTEXT = 512, 256
 REPEATS = 5
+# A measurement takes no new repeat after so long: on a slow device few have to do.
+ENOUGH_S = 20.0
 STORE_BYTES_PER_S = 1.25e9
 COMMAND = "python benchmarks/service_times.py"
 
@@ -52,10 +55,11 @@ CACHE_TOKENS = 32_768
 
 
 def median_of(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Seconds of one call, after one that is not counted."""
+    """Seconds of one call, after one that is not counted; fewer than ``repeats`` where they take long."""
+    start = time.perf_counter()
     work()
-    taken = []
-    for _ in range(repeats):
+    taken: list[float] = []
+    while len(taken) < repeats and not (taken and time.perf_counter() - start > ENOUGH_S):
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)
@@ -70,7 +74,9 @@ class Measured:
         from transformers import AutoModelForCausalLM
 
         self.torch, self.folder, self.device = torch, folder, device
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+        # As the engines compute: a CPU without matrix units for bfloat16 takes many times as long in it.
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.model = loaded.to(device).eval()
         self.weights = list(self.model.parameters())
         self.weight_bytes = sum(w.numel() * w.element_size() for w in self.weights)
@@ -141,12 +147,12 @@ def measure(folder: Path, device: str) -> dict[str, Any]:
         "share": 1.0,
         "weight_bytes": found.weight_bytes,
         "cache_bytes": found.weight_bytes / 4,
-        "prefill_s": found.prefill_s(),
-        "steps": [[batch, found.step_s(batch)] for batch in BATCHES],
-        "swap_s": found.swap_s(),
-        "read_s": found.read_s(),
+        "prefill_s": told("prefill_s", found.prefill_s),
+        "steps": [[batch, told(f"step_s of {batch}", partial(found.step_s, batch))] for batch in BATCHES],
+        "swap_s": told("swap_s", found.swap_s),
+        "read_s": told("read_s", found.read_s),
         "fetch_s": found.weight_bytes / STORE_BYTES_PER_S,
-        "start_s": found.start_s(),
+        "start_s": told("start_s", found.start_s),
         "max_concurrent": BATCHES[-1],
     }
     measured = f"{COMMAND} --device {device}"
@@ -159,6 +165,15 @@ def measure(folder: Path, device: str) -> dict[str, Any]:
     }
     size = {"memory_bytes": memory / 2, "host_bytes": memory / 2, "process_bytes": 0.6e9}
     return {"device": {"name": _name(device)} | size, "services": [service], "source": source}
+
+
+def told(name: str, work: Callable[[], float]) -> float:
+    """A figure, printed as soon as it is there: what has been measured is not lost with what follows."""
+    began, value = time.perf_counter(), work()
+    print(
+        f"{name} {value:.6f} (measured in {time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True
+    )
+    return value
 
 
 def _name(device: str) -> str:
@@ -219,9 +234,11 @@ def main() -> None:
     if options.data_sheet:
         found = data_sheet(H100)
     else:
-        from anamorph.cli.smollm2 import fetch_smollm2
+        from anamorph.cli.machine.model import default_model
 
-        found = measure(options.model or fetch_smollm2(), options.device)
+        # Stored as it is computed.
+        own = options.model or default_model("float32" if options.device == "cpu" else "auto", print)
+        found = measure(own, options.device)
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:

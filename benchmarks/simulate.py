@@ -115,6 +115,8 @@ def main() -> None:
     """Compare, print, write."""
     options = options_of(sys.argv[1:])
     console, began = Console(), time.monotonic()
+    if not console.is_terminal:  # a file has no width, and cut figures are none
+        console.width = 120
     inputs, scenario = Inputs.read(options.inputs), scenario_of(options)
     with console.status("simulating") as status:
 

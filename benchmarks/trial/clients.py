@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
 
 from anamorph.client import AsyncClient, TokenCodec
-from anamorph.errors import KeyMismatch, StreamInterrupted, TooManyRequests, Unavailable
+from anamorph.client.session import Send, Step
+from anamorph.errors import KeyMismatch, ServiceError, StreamInterrupted, TooManyRequests, Unavailable
 from anamorph.serve.engines.fake import continuation
+from anamorph.wire.problems import status_of
 
 # What docs/client.md promises that a request may end in while something is broken.
 DOCUMENTED = (StreamInterrupted, TooManyRequests, Unavailable)
@@ -64,7 +67,8 @@ class Met:
     Args:
         intended: when it was to start, seconds on the monotonic clock; all durations count from it.
         first_s, seconds: until the first token, and until the end.
-        detail: of an error, its class and text.
+        detail: of whatever is not right, the cause: class, status and text of an error, where a request
+            hung, what was wrong with an answer.
     """
 
     tenant: str
@@ -93,6 +97,19 @@ class Answer:
     key_id: str = ""
 
 
+class NotingClient(AsyncClient):
+    """Keeps the codec of every key under which it has sent, so that each answer can be judged."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.codecs: dict[str, TokenCodec] = {}
+
+    async def _perform(self, step: Step, stream: bool) -> Any:
+        if isinstance(step, Send):
+            self.codecs[step.lease.key_id] = step.lease.codec
+        return await super()._perform(step, stream)
+
+
 class Caller:
     """One client of a tenant, with its own key cache.
 
@@ -114,11 +131,10 @@ class Caller:
         read_s: float = 10,
     ) -> None:
         timeout = httpx.Timeout(connect=5, read=read_s, write=10, pool=30)
-        self._client = AsyncClient(keysvc_url, api_key, tenant, model, retry_for=retry_for, timeout=timeout)
+        self._client = NotingClient(keysvc_url, api_key, tenant, model, retry_for=retry_for, timeout=timeout)
         self._tenant = tenant
         self._expected = expected
         self._deadline_s = deadline_s
-        self._codecs: dict[str, TokenCodec] = {}
 
     async def close(self) -> None:
         """Forget key and connections."""
@@ -130,11 +146,12 @@ class Caller:
         try:
             async with asyncio.timeout(self._deadline_s):
                 await self._stream(question, answer)
-                outcome, detail = await self._judge(question, answer), ""
-        except TimeoutError:
-            outcome, detail = Outcome.HUNG, f"no end within {self._deadline_s:.0f} s"
+                outcome, detail = self._judge(question, answer)
+        except TimeoutError as error:
+            hung = f"no end within {self._deadline_s:g} s, waited {waited_in(error)}"
+            outcome, detail = Outcome.HUNG, hung
         except Exception as error:  # noqa: BLE001 - whatever it is, it is noted
-            outcome, detail = verdict(error), f"{type(error).__name__}: {error}"[:300]
+            outcome, detail = verdict(error), told(error)
         first = None if answer.first is None else answer.first - intended
         return Met(
             self._tenant,
@@ -148,27 +165,38 @@ class Caller:
         )
 
     async def _stream(self, question: Question, answer: Answer) -> None:
-        with suppress(Unavailable, TooManyRequests):  # the request itself says so, if it lasts
-            await self._note_codec()
         chunks = self._client.stream(list(question.prompt), max_tokens=question.tokens, temperature=0)
         async with aclosing(chunks):
             async for chunk in chunks:
                 answer.first = answer.first or time.monotonic()
                 answer.key_id = chunk.system_fingerprint
-                if answer.key_id not in self._codecs:  # the client has moved meanwhile
-                    await self._note_codec()
                 for choice in chunk.choices:
                     answer.ids += choice.token_ids
 
-    async def _judge(self, question: Question, answer: Answer) -> Outcome:
-        codec = self._codecs.get(answer.key_id)
-        if codec is None:  # a rotation overtook the answer: it is not called wrong unseen
-            return Outcome.UNJUDGED
-        return Outcome.RIGHT if answer.ids == list(self._expected(codec, question)) else Outcome.WRONG
+    def _judge(self, question: Question, answer: Answer) -> tuple[Outcome, str]:
+        codec = self._client.codecs.get(answer.key_id)
+        if codec is None:  # it is not called wrong unseen
+            return Outcome.UNJUDGED, f"it names key {answer.key_id!r}, asked under {[*self._client.codecs]}"
+        expected = list(self._expected(codec, question))
+        if answer.ids == expected:
+            return Outcome.RIGHT, ""
+        same = next((n for n, (a, b) in enumerate(zip(answer.ids, expected, strict=False)) if a != b), None)
+        where = f"the first other is number {same}" if same is not None else "those that came are right"
+        return Outcome.WRONG, f"{len(answer.ids)} ids of {len(expected)}; {where}"
 
-    async def _note_codec(self) -> None:
-        lease = await self._client.lease()
-        self._codecs[lease.key_id] = lease.codec
+
+def told(error: Exception) -> str:
+    """Class, HTTP status where there is one, and text of an error."""
+    status = f" {status_of(error)}" if isinstance(error, ServiceError) else ""
+    return f"{type(error).__name__}{status}: {error}"[:300]
+
+
+def waited_in(error: TimeoutError) -> str:
+    """Functions of the client in which the wait was that ``asyncio.timeout`` ended, the innermost last."""
+    ended = error.__cause__ or error
+    frames = traceback.extract_tb(ended.__traceback__)
+    ours = [f"{frame.name}:{frame.lineno}" for frame in frames if "anamorph/client" in frame.filename]
+    return f"in {' > '.join(ours[-4:])}" if ours else f"in {frames[-1].name}"
 
 
 def verdict(error: Exception) -> Outcome:
@@ -245,3 +273,22 @@ def latencies(met: Sequence[Met]) -> dict[str, dict[str, float]]:
 def errors_met(met: Sequence[Met]) -> dict[str, int]:
     """Error texts, the most frequent first."""
     return dict(Counter(one.detail for one in met if one.detail).most_common(20))
+
+
+def failures(met: Sequence[Met]) -> list[dict[str, Any]]:
+    """Every request that did not end in the right answer, with its cause, in order of time."""
+    start = min((one.intended for one in met), default=0.0)
+    return [
+        {
+            "at_s": round(one.intended - start, 1),
+            "tenant": one.tenant,
+            "outcome": one.outcome.value,
+            "detail": one.detail,
+            "seconds": round(one.seconds, 2),
+            "first_s": None if one.first_s is None else round(one.first_s, 2),
+            "tokens": one.tokens,
+            "key_id": one.key_id,
+        }
+        for one in sorted(met, key=lambda one: one.intended)
+        if one.outcome is not Outcome.RIGHT
+    ]

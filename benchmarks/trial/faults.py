@@ -17,7 +17,6 @@ Repair = Callable[[], None]
 Strike = Callable[[Site, np.random.Generator], Repair]
 # How long a paused node may take to be counted again, before it is replaced as a dead one.
 REJOIN_S = 30.0
-NODE_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -96,14 +95,7 @@ def _pause_node(site: Site, source: np.random.Generator) -> Repair:  # noqa: ARG
 
 
 def _replace_node(site: Site) -> None:
-    for attempt in range(1, NODE_ATTEMPTS + 1):
-        try:
-            site.cluster.add(NODE_CPUS)
-            return
-        except RuntimeError:  # a machine with many others' processes may give up starting one
-            site.worker_node.kill()
-            if attempt == NODE_ATTEMPTS:
-                raise
+    site.cluster.add(NODE_CPUS)
 
 
 def _kill_store(site: Site, source: np.random.Generator) -> Repair:  # noqa: ARG001 -- as all

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import psutil
-from benchmarks.trial.stand import System
+from benchmarks.trial.stand import System, left_over
 from benchmarks.trial.store import ObjectStore, running_store
 from tests.servers.process import free_port
 from tests.servers.proxies import HOST, Fault, Toxiproxy, running_toxiproxy
@@ -47,6 +47,8 @@ class Site(System):
     keysvc_link: Fault = field(kw_only=True)
     serve_link: Fault = field(kw_only=True)
     tenants: tuple[str, ...] = field(kw_only=True)
+    # Command lines of processes that the orderly end did not end.
+    orphans: list[str] = field(default_factory=list, kw_only=True)
 
     @property
     def url(self) -> str:
@@ -65,6 +67,14 @@ class Site(System):
                 process = psutil.Process(pid)
                 if process.cmdline()[0].startswith(title):
                     found.append(process)
+        return found
+
+    def titles(self, title: str) -> list[str]:
+        """Whole titles of the ``workers`` that still live."""
+        found = []
+        for process in self.workers(title):
+            with suppress(psutil.NoSuchProcess, IndexError):
+                found.append(process.cmdline()[0])
         return found
 
     def applications(self) -> dict[str, Any]:
@@ -88,9 +98,12 @@ class Site(System):
         dead = [one.name for one in self.home.running().processes if not alive(one)]
         nodes = len(self.cluster.alive())
         amiss = [f"{name} is dead" for name in dead] + ([] if nodes == 2 else [f"{nodes} nodes alive"])
-        apps = self.applications()
-        amiss += [f"{name} is {app['status']}" for name, app in apps.items() if app["status"] != "RUNNING"]
-        return amiss if apps else [*amiss, "Serve does not answer"]
+        states = {name: app["status"] for name, app in self.applications().items()}
+        if not states:
+            return [*amiss, "Serve does not answer"]
+        # A version that is not active yet may still be starting: nobody is sent there.
+        wanted = {name: states.get(name, "missing") for name in self.expected_applications()}
+        return amiss + [f"{name} is {state}" for name, state in wanted.items() if state != "RUNNING"]
 
     def expected_applications(self) -> set[str]:
         """The door, and every version that may be asked."""
@@ -102,8 +115,7 @@ class Site(System):
     def strays(self) -> list[str]:
         """Replicas that run without an application that stands."""
         names = self.applications().keys()
-        titles = [process.cmdline()[0] for process in self.workers("ray::ServeReplica:")]
-        return [title for title in titles if title.split(":")[3] not in names]
+        return [title for title in self.titles("ray::ServeReplica:") if title.split(":")[3] not in names]
 
 
 @contextmanager
@@ -122,6 +134,8 @@ def running_site(served: Mapping[str, ServedModel]) -> Iterator[Site]:
         instance = secrets.token_hex(16)
         home.save(SystemState(instance, ready=True))
         ends.callback(end_marked, instance)
+        orphans: list[str] = []
+        ends.callback(lambda: orphans.extend(left_over(instance)))  # before the rest is ended by force
         (folder / "ray").mkdir()
         cluster = ends.enter_context(
             running_cluster(folder / "ray", (NODE_CPUS, NODE_CPUS), {MARK: instance})
@@ -130,7 +144,7 @@ def running_site(served: Mapping[str, ServedModel]) -> Iterator[Site]:
         port = free_port()
         links = {"keysvc_link": ends.enter_context(_link(proxies, f"{HOST}:{port}"))}
         links["serve_link"] = ends.enter_context(_link(proxies, _serve(cluster)))
-        site = Site(home, cluster=cluster, store=store, tenants=tuple(served), **links)
+        site = Site(home, cluster=cluster, store=store, tenants=tuple(served), orphans=orphans, **links)
         ends.callback(lambda: end(home.running().processes))
         _start_keysvc(home, instance, port)
         for tenant, model in served.items():

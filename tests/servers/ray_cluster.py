@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.servers.process import MARK, PATIENCE_S
 from anamorph.serve.cluster.local import INHERITED, INHERITED_PREFIXES, free_ports
 from anamorph.serve.cluster.session import Session
 
+NODE_ATTEMPTS = 3
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 
 
@@ -96,11 +98,24 @@ class RayCluster:
         return [pid for node in self.nodes for pid in node.pids()]
 
     def add(self, num_cpus: int, resources: str = "{}") -> Node:
-        """Start another node; returns once the head counts it as alive."""
-        before = len(self.alive())
-        node = self._start([f"--address={self.gcs_address}"], num_cpus, resources)
-        self._until("the node", lambda: len(self.alive()) > before)
-        return node
+        """Start another node; returns once the head counts it as alive.
+
+        Ray gives a start up that takes 30 s, as it may on a busy machine: then another one is made.
+
+        Raises:
+            RuntimeError: none of three came up.
+        """
+        for _ in range(NODE_ATTEMPTS):
+            node = self._start([f"--address={self.gcs_address}"], num_cpus, resources)
+            with suppress(RuntimeError):
+                self._until("the node", partial(self._joined_or_ended, node))
+            if node.address in self.alive():
+                return node
+            node.kill()
+        raise RuntimeError(f"{NODE_ATTEMPTS} nodes were started and none came up:\n{self._logs()}")
+
+    def _joined_or_ended(self, node: Node) -> bool:
+        return node.address in self.alive() or not node.pids()
 
     def alive(self) -> list[str]:
         """Addresses of the nodes that the head believes alive."""
@@ -172,9 +187,11 @@ class RayCluster:
         end = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > end:
-                logs = "\n".join(p.read_text(errors="replace")[-1500:] for p in self.home.glob("node-*.log"))
-                raise RuntimeError(f"{what} did not come up in {PATIENCE_S:.0f} s:\n{logs}")
+                raise RuntimeError(f"{what} did not come up in {PATIENCE_S:.0f} s:\n{self._logs()}")
             time.sleep(0.2)
+
+    def _logs(self) -> str:
+        return "\n".join(p.read_text(errors="replace")[-1500:] for p in self.home.glob("node-*.log"))
 
 
 def _succeeds(url: str, headers: dict[str, str], body: dict[str, Any]) -> bool:
