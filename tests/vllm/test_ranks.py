@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from tests.serve.conftest import Cluster, Issuer, until
-from tests.servers.vllm_process import environment, vllm_python
+from tests.servers.vllm_process import PATIENCE_S, environment, vllm_python
 from tests.vllm.conftest import Reference, Serve, Settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,7 +60,10 @@ def greedy(folder: Path, prompt: list[int], n: int) -> list[int]:
 
 def complete(url: str, headers: dict[str, str], **fields: Any) -> httpx.Response:
     body = {"temperature": 0.0, **fields}
-    return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False)
+    # Ray holds the request while a replica starts.
+    return httpx.post(
+        f"{url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S, trust_env=False
+    )
 
 
 @pytest.mark.parametrize("ranks", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}])
@@ -86,7 +89,12 @@ def test_one_key_ids_prompts_are_no_others(tiny: Path, tmp_path: Path) -> None:
     python = vllm_python()
     command = [str(python), str(SALTS), str(tiny)]
     done = subprocess.run(
-        command, env=environment(python, tmp_path), capture_output=True, text=True, timeout=300, check=True
+        command,
+        env=environment(python, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
     )
     first, other, again = json.loads(done.stdout.splitlines()[-1])
     assert (first, other) == (0, 0)
@@ -98,7 +106,7 @@ def cluster(tmp_path: Path, issuer: Issuer) -> Iterator[Cluster]:
     """Ray from vLLM's environment, whose workers run in it too."""
     python = vllm_python()
     command = [str(python), "-c", START_RAY, str(tmp_path)]
-    subprocess.run(command, env=environment(python, tmp_path), timeout=300, check=True)
+    subprocess.run(command, env=environment(python, tmp_path), timeout=PATIENCE_S, check=True)
     ray = RayProcess.load(tmp_path)
     assert ray is not None
     try:
@@ -118,7 +126,7 @@ def test_under_ray_serve_it_answers_and_comes_back(
 ) -> None:
     """Deployed as the operator deploys it; killed, it comes back, and nothing of the first one is left."""
     name = cluster.deploy(**settings())
-    until(name, lambda: cluster.state(name)["status"] == "RUNNING", 300)
+    until(name, lambda: cluster.state(name)["status"] == "RUNNING", PATIENCE_S)
     endpoint = cluster.endpoint()
     prompt = reference.prompts[2]
     expected = reference.encrypt(reference.greedy(prompt, 16))
@@ -132,7 +140,7 @@ def test_under_ray_serve_it_answers_and_comes_back(
     before = {one.pid for one in workers(cluster.ray)}
     assert before
     cluster.kill_replica()
-    until("another replica", answers, 240)
+    until("another replica", answers, PATIENCE_S)
     assert not before & {one.pid for one in workers(cluster.ray)}
     cluster.remove(1)
     until("vLLM's processes to end", lambda: not workers(cluster.ray), 60)
