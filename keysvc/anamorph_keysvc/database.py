@@ -21,7 +21,7 @@ from sqlmodel import Session
 
 from anamorph import errors
 from anamorph_keysvc import deadline
-from anamorph_keysvc.scope import Scope, narrow
+from anamorph_keysvc.scope import Scope, ScopedSession
 from anamorph_keysvc.watchdog import Watchdog
 
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON")
@@ -101,9 +101,8 @@ class Database:
         with (
             translated(),
             self._begun(scope, read_only=True) as connection,
-            Session(connection, expire_on_commit=False) as session,
+            ScopedSession(connection, scope) as session,
         ):
-            narrow(session, scope)
             yield session
 
     @contextmanager
@@ -115,8 +114,7 @@ class Database:
             Unavailable: the database cannot be reached, or not in time.
         """
         with translated(), self._begun(scope, read_only=False) as connection:
-            with Session(connection, expire_on_commit=False) as session:
-                narrow(session, scope)
+            with ScopedSession(connection, scope) as session:
                 session.info["locks"] = True
                 yield session
                 session.flush()
