@@ -42,10 +42,6 @@ async def _observer(request: Request) -> Observer:
     return observer
 
 
-async def _body(request: Request) -> bytes:
-    return await request.body()
-
-
 TheService = Annotated[Service, Depends(_service)]
 TheObserver = Annotated[Observer, Depends(_observer)]
 
@@ -215,7 +211,6 @@ def _expected(if_match: str | None) -> int | None:
 async def _mutation(
     request: Request,
     caller: Authenticated,
-    body: Annotated[bytes, Depends(_body)],
     idempotency_key: Annotated[str | None, Header()] = None,
     if_match: Annotated[str | None, Header()] = None,
 ) -> Mutation:
@@ -224,7 +219,7 @@ async def _mutation(
         request.app.state.service,
         caller,
         None if idempotency_key is None else idempotency.check_key(idempotency_key),
-        idempotency.digest(*(part.encode() for part in what), body),
+        idempotency.digest(*(part.encode() for part in what), await request.body()),
         request.app.state.in_flight,
         _expected(if_match),
     )
