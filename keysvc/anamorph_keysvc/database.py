@@ -88,7 +88,7 @@ class Database:
         event.listen(engine, "connect", _begin_by_ourselves)
         event.listen(engine, "begin", _begin_postgresql)
         # Every request begins with one statement that needs no transaction: without one it is one
-        # exchange with the server instead of four.
+        # exchange with the server instead of three.
         lookups = _pool(url, _LOOKUPS, isolation_level="AUTOCOMMIT")
         event.listen(lookups, "connect", _become_api)
         return cls(engine, most=pool_size, lookups=lookups)
