@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlmodel import Session, col, select
+from sqlalchemy import bindparam, insert, select
+from sqlmodel import Session
 
 from anamorph.wire import audit as chain
 from anamorph.wire.admin import AuditRead
-from anamorph_keysvc.tables import Audit, Tenant
+from anamorph_keysvc.prepared import PreparedInsert, PreparedSelect
+from anamorph_keysvc.tables import TABLES, Audit
+
+_TENANT, _AUDIT = TABLES["tenant"], TABLES["audit"]
+# FOR NO KEY UPDATE: rows that refer to the tenant may be written meanwhile.
+_TURN = PreparedSelect(
+    select(_TENANT.c.id).where(_TENANT.c.id == bindparam("tenant")).with_for_update(key_share=True)
+)
+_HEAD = PreparedSelect(
+    select(_AUDIT.c.sequence, _AUDIT.c.digest)
+    .where(_AUDIT.c.tenant == bindparam("tenant"))
+    .order_by(_AUDIT.c.sequence.desc())
+    .limit(1)
+)
+_APPEND = PreparedInsert(insert(_AUDIT))
 
 
 def append(
@@ -37,24 +52,17 @@ def append(
         subject=subject,
         detail=detail,
     )
-    session.add(Audit(**row.model_dump()))
-    session.flush()
+    _APPEND.run(session, row.model_dump())
 
 
 def take_turn(session: Session, tenant: str) -> None:
     """Wait for the tenant's other writers, who from then on wait for this transaction."""
-    # FOR NO KEY UPDATE: rows that refer to the tenant may be written meanwhile.
-    session.exec(select(Tenant.id).where(Tenant.id == tenant).with_for_update(key_share=True))
+    _TURN.run(session, tenant=tenant)
 
 
 def head(session: Session, tenant: str) -> chain.Checkpoint:
     """The end of a tenant's chain."""
-    last = session.exec(
-        select(Audit.sequence, Audit.digest)
-        .where(Audit.tenant == tenant)
-        .order_by(col(Audit.sequence).desc())
-        .limit(1)
-    ).first()
+    last = _HEAD.run(session, tenant=tenant).first()
     return chain.START if last is None else chain.Checkpoint(*last)
 
 

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from psycopg import sql
 from sqlalchemy import Connection, Engine, TextClause, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -21,7 +23,7 @@ from sqlmodel import Session
 
 from anamorph import errors
 from anamorph_keysvc import deadline
-from anamorph_keysvc.scope import Scope, narrow
+from anamorph_keysvc.scope import Scope, ScopedSession
 from anamorph_keysvc.watchdog import Watchdog
 
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON")
@@ -83,9 +85,10 @@ class Database:
             SetupError: not a PostgreSQL URL, or one with a password in it.
         """
         engine = _pool(url, pool_size)
+        event.listen(engine, "connect", _begin_by_ourselves)
         event.listen(engine, "begin", _begin_postgresql)
         # Every request begins with one statement that needs no transaction: without one it is one
-        # exchange with the server instead of four.
+        # exchange with the server instead of three.
         lookups = _pool(url, _LOOKUPS, isolation_level="AUTOCOMMIT")
         event.listen(lookups, "connect", _become_api)
         return cls(engine, most=pool_size, lookups=lookups)
@@ -101,9 +104,8 @@ class Database:
         with (
             translated(),
             self._begun(scope, read_only=True) as connection,
-            Session(connection, expire_on_commit=False) as session,
+            ScopedSession(connection, scope) as session,
         ):
-            narrow(session, scope)
             yield session
 
     @contextmanager
@@ -115,8 +117,7 @@ class Database:
             Unavailable: the database cannot be reached, or not in time.
         """
         with translated(), self._begun(scope, read_only=False) as connection:
-            with Session(connection, expire_on_commit=False) as session:
-                narrow(session, scope)
+            with ScopedSession(connection, scope) as session:
                 session.info["locks"] = True
                 yield session
                 session.flush()
@@ -163,8 +164,6 @@ class Database:
     def _begun(self, scope: Scope, *, read_only: bool) -> Iterator[Connection]:
         """A connection with a transaction begun, closed after the block however it ends."""
         options: dict[str, Any] = {"anamorph_scope": scope, "anamorph_read_only": read_only}
-        if self.dialect == "postgresql" and read_only:
-            options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         with self._turn(self._free):
             for again in (True, False):
                 connection = self.engine.connect()
@@ -256,6 +255,11 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
+def _begin_by_ourselves(connection: Any, _record: Any) -> None:
+    # The driver's own BEGIN would be an exchange with the server by itself.
+    connection.autocommit = True
+
+
 def _become_api(connection: Any, _record: Any) -> None:
     # The login role has no rights of its own; none of the three sees a tenant's rows without its name.
     connection.execute("SET ROLE anamorph_api")
@@ -268,13 +272,20 @@ def _refuse_late(*_: Any) -> None:
 
 
 def _begin_postgresql(connection: Connection) -> None:
-    """Take the scope's role and tenant for this transaction; without a scope, nothing is allowed."""
-    scope: Scope | None = connection.get_execution_options().get("anamorph_scope")
-    if scope is not None:
-        connection.exec_driver_sql(
-            "SELECT set_config('role', %s, true), set_config('anamorph.tenant', %s, true)",
-            (scope.role, scope.tenant or ""),
-        )
+    options = connection.get_execution_options()
+    begin = _beginning(options.get("anamorph_scope"), read_only=options.get("anamorph_read_only", False))
+    connection.exec_driver_sql(begin, execution_options={"no_parameters": True})
+
+
+@lru_cache(maxsize=4096)
+def _beginning(scope: Scope | None, *, read_only: bool) -> str:
+    """Begin with the scope's role and tenant for this transaction; without a scope, nothing is allowed."""
+    begin = sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY" if read_only else "BEGIN")
+    if scope is None:
+        return begin.as_string()
+    # Literals, since several statements in one exchange with the server take no parameters.
+    take = sql.SQL("; SELECT set_config('role', {}, true), set_config('anamorph.tenant', {}, true)")
+    return (begin + take.format(scope.role, scope.tenant or "")).as_string()
 
 
 @contextmanager

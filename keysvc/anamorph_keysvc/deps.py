@@ -42,33 +42,26 @@ async def _observer(request: Request) -> Observer:
     return observer
 
 
-async def _body(request: Request) -> bytes:
-    return await request.body()
-
-
-Authorization = Annotated[str | None, Header(include_in_schema=False)]
 TheService = Annotated[Service, Depends(_service)]
 TheObserver = Annotated[Observer, Depends(_observer)]
 
 
-async def _identity(request: Request) -> Identity:
-    identity: Identity = request.app.state.identity
-    return identity
+# What every request asks for is read off the request: each dependency more takes the framework a while.
 
 
-TheIdentity = Annotated[Identity, Depends(_identity)]
-
-
-async def refuse_foreign(identity: TheIdentity, authorization: Authorization = None) -> None:
+async def refuse_foreign(request: Request) -> None:
     """Refuse a credential that is not ours, such as an inference token, even where none is needed."""
+    identity: Identity = request.app.state.identity
+    authorization = request.headers.get("authorization")
     if authorization is not None and not identity.looks_like_ours(authorization):
         raise refused()
 
 
-def _authenticated(
-    request: Request, service: TheService, identity: TheIdentity, authorization: Authorization = None
-) -> Caller:
+def _authenticated(request: Request) -> Caller:
+    service: Service = request.app.state.service
+    identity: Identity = request.app.state.identity
     limits: RateLimits = request.app.state.rate_limits
+    authorization = request.headers.get("authorization")
     address = request.client.host if request.client is not None else None
     with limits.attempt(address, authorization):
         caller = identity.authenticate(lambda secret: holder(service.database, secret), authorization)
@@ -217,18 +210,16 @@ def _expected(if_match: str | None) -> int | None:
 
 async def _mutation(
     request: Request,
-    service: TheService,
     caller: Authenticated,
-    body: Annotated[bytes, Depends(_body)],
     idempotency_key: Annotated[str | None, Header()] = None,
     if_match: Annotated[str | None, Header()] = None,
 ) -> Mutation:
     what = (request.method, request.url.path, if_match or "")
     return Mutation(
-        service,
+        request.app.state.service,
         caller,
         None if idempotency_key is None else idempotency.check_key(idempotency_key),
-        idempotency.digest(*(part.encode() for part in what), body),
+        idempotency.digest(*(part.encode() for part in what), await request.body()),
         request.app.state.in_flight,
         _expected(if_match),
     )

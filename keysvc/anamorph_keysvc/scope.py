@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Column, ColumnClause, Table, TextClause, event, inspect
+from sqlalchemy import Column, ColumnClause, Connection, FromClause, Table, TextClause, event, inspect
 from sqlalchemy.orm import ORMExecuteState, with_loader_criteria
 from sqlalchemy.sql import visitors
 from sqlmodel import Session
@@ -44,21 +44,23 @@ def scope_of(tenant: str | None) -> Scope:
     return PLATFORM if tenant is None else tenant_scope(tenant)
 
 
-def narrow(session: Session, scope: Scope) -> None:
-    """Hold ``session`` to ``scope``."""
-    session.info["scope"] = scope
-    if scope.tenant is not None:
-        session.info["criteria"] = _criteria(scope.tenant)
-        event.listen(session, "do_orm_execute", _narrow)
-        event.listen(session, "before_flush", _check_rows)
+class ScopedSession(Session):
+    """A session that is held to its scope, ``info["scope"]``."""
+
+    def __init__(self, connection: Connection, scope: Scope) -> None:
+        super().__init__(connection, expire_on_commit=False, info={"scope": scope})
 
 
+@event.listens_for(ScopedSession, "do_orm_execute")
 def _narrow(state: ORMExecuteState) -> None:
+    tenant = state.session.info["scope"].tenant
+    if tenant is None:
+        return
     mapped = _mapped(state)
     if mapped is None:
         raise RuntimeError("a tenant's session takes ORM statements only: this one cannot be narrowed")
     if not state.is_column_load:
-        criteria: dict[Table, Any] = state.session.info["criteria"]
+        criteria = _criteria(tenant)
         wanted = (criteria[table] for table in criteria if table in mapped)
         state.statement = state.statement.options(*wanted)
 
@@ -78,7 +80,7 @@ def _mapped(state: ORMExecuteState) -> set[Table | None] | None:
     # The statement that ``get`` makes names its class nowhere in it.
     mapped = {None, getattr(state.bind_mapper, "local_table", None)}
     mapped |= {_table(part) for part in parts if "parententity" in getattr(part, "_annotations", ())}
-    hidden = any(_is_text(part) or _table(part) not in mapped for part in parts)
+    hidden = any(is_text(part) or _table(part) not in mapped for part in parts)
     return None if hidden else mapped
 
 
@@ -92,7 +94,8 @@ def _table(part: Any) -> Table | None:
     return found if isinstance(found, Table) else None
 
 
-def _is_text(part: Any) -> bool:
+def is_text(part: Any) -> bool:
+    """Whether a part of a statement is SQL in words, which could read anything."""
     literal = isinstance(part, ColumnClause) and part.is_literal and part.name != "*"
     return literal or isinstance(part, TextClause)
 
@@ -105,14 +108,22 @@ def _criteria(tenant: str) -> dict[Any, Any]:
     }
 
 
+def owner_columns() -> dict[FromClause, Any]:
+    """The column of each table of tenants that names the tenant whose row it is."""
+    return {inspect(table).local_table: column for table, column in _owned_tables()}
+
+
 def _owned_tables() -> Iterator[tuple[type[Base], Any]]:
     yield tables.Tenant, tables.Tenant.id
     for table in tables.OWNED:
         yield table, table.tenant
 
 
+@event.listens_for(ScopedSession, "before_flush")
 def _check_rows(session: Session, *_: Any) -> None:
     scope: Scope = session.info["scope"]
+    if scope.tenant is None:
+        return
     for row in [*session.new, *session.dirty, *session.deleted]:
         if owner_of(row) != scope.tenant:
             raise RuntimeError(f"a row of {type(row).__name__} is not this tenant's")

@@ -414,3 +414,6 @@ OWNED = (
     Delivery,
     Answer,
 )
+
+# By their names in the database, for statements that name tables rather than classes.
+TABLES = Base.metadata.tables

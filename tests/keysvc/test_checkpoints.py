@@ -24,7 +24,7 @@ from anamorph.wire.checkpoints import SignedCheckpoint, decode, object_name, ver
 from anamorph_keysvc import audit, checkpoints
 from anamorph_keysvc.checkpoints import LocalSigner, Outcome, checkpoint_all, export
 from anamorph_keysvc.columns import Base
-from anamorph_keysvc.scope import WORKER, tenant_scope
+from anamorph_keysvc.scope import WORKER, ScopedSession, tenant_scope
 from anamorph_keysvc.tables import Audit, AuditCheckpoint, Tenant
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
@@ -62,7 +62,11 @@ class Chains:
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+        with (
+            self.engine.connect() as connection,
+            ScopedSession(connection, WORKER) as session,
+            session.begin(),
+        ):
             self.opened += 1
             try:
                 yield session

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import Engine, event
 
 from anamorph import errors
 from anamorph.keys import TenantKey, VocabKey
@@ -130,6 +132,35 @@ async def test_a_client_gets_the_vocab_subkey_and_no_more(world: World) -> None:
     assert TenantKey.from_root(secret, *AT, version).id != released.key_id
     assert released.expires_at == world.clock.now + timedelta(seconds=world.policy.client_cache_ttl_s)
     assert released.vocab_size == 50
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """The statements that any database is sent in the block."""
+    statements: list[str] = []
+
+    def hear(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", hear)
+    try:
+        yield statements
+    finally:
+        event.remove(Engine, "before_cursor_execute", hear)
+
+
+@pytest.mark.parametrize("database", [pytest.param("postgresql", marks=pytest.mark.real)], indirect=True)
+async def test_a_kept_root_is_released_by_six_statements(world: World) -> None:
+    """Every client asks for it: each exchange with the database more shows in its latency."""
+    world.model()
+    version = world.active()
+    async with world.client(Role.CLIENT) as client:
+        await client.release(*AT, version, "client")
+        with heard() as statements:
+            await client.release(*AT, version, "client")
+    words = ("find_credential", "BEGIN; SELECT", "FROM key_version, model", "FROM tenant", "FROM audit")
+    assert [word in sent for word, sent in zip(words, statements[:5], strict=True)] == [True] * 5
+    assert [sent.split()[0] for sent in statements[5:]] == ["INSERT"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import delete, exists, insert, literal_column, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import aliased
@@ -21,6 +22,7 @@ from anamorph.wire.audit import first_break
 from anamorph_keysvc import audit
 from anamorph_keysvc.credentials import hashed
 from anamorph_keysvc.database import Database
+from anamorph_keysvc.prepared import PreparedInsert, PreparedSelect
 from anamorph_keysvc.scope import PLATFORM, WORKER, Scope, owner_of, tenant_scope
 from anamorph_keysvc.service import lifecycle, rotation, tenants, usage
 from anamorph_keysvc.tables import (
@@ -161,6 +163,61 @@ def test_rows_changed_by_their_key_are_refused(world: World) -> None:
     rows = [{"tenant": "globex", "id": "chat", "base": "mine"}]
     with pytest.raises(RuntimeError, match=REFUSED), world.service.database.write(ACME) as session:
         session.execute(update(Model), rows)
+
+
+VERSION, MODEL = TABLES["key_version"], TABLES["model"]
+HALF: dict[str, Any] = {
+    "text": sa.select(VERSION).where(text("1 = 1 OR 1 = 1")),
+    "a column in text": sa.select(VERSION.c.state, literal_column("(SELECT max(kek) FROM tenant)")),
+    "a table of nobody": sa.select(TABLES["signing_key"]),
+    "an alias": sa.select(VERSION.alias()),
+    "a join": sa.select(VERSION).join(MODEL, MODEL.c.id == VERSION.c.model),
+    "a subquery": sa.select(sa.select(VERSION).subquery()),
+    "a condition on another table": sa.select(VERSION).where(sa.exists(sa.select(MODEL.c.id))),
+    "a value from another table": sa.select(VERSION.c.state, sa.select(MODEL.c.id).scalar_subquery()),
+    "a union within": sa.select(sa.union_all(sa.select(MODEL.c.id), sa.select(MODEL.c.id)).subquery()),
+}
+
+
+@pytest.mark.parametrize("statement", HALF)
+def test_a_query_that_criteria_reach_in_part_is_not_prepared(statement: str) -> None:
+    """Whatever is not a table of tenants that the query itself names."""
+    with pytest.raises(TypeError, match="as a whole"):
+        PreparedSelect(HALF[statement])
+
+
+def test_a_prepared_query_is_narrowed_to_its_session(two: World) -> None:
+    """Every table in it, whatever is asked for; scopes above tenants see all."""
+    pairs = PreparedSelect(sa.select(VERSION.c.tenant, MODEL.c.tenant).where(MODEL.c.id == VERSION.c.model))
+    of_one = PreparedSelect(sa.select(VERSION.c.tenant).where(VERSION.c.tenant == sa.bindparam("wanted")))
+    with two.service.database.read(ACME) as session:
+        assert pairs.run(session).all() == [("acme", "acme")]
+        assert of_one.run(session, wanted="acme").all() == [("acme",)]
+        assert of_one.run(session, wanted="globex").all() == []
+        assert of_one.run(session, wanted="globex", scope_tenant="globex").all() == []
+    for scope in (PLATFORM, WORKER):
+        with two.service.database.read(scope) as session:
+            assert len(pairs.run(session).all()) == 4
+            assert of_one.run(session, wanted="globex").all() == [("globex",)]
+
+
+def test_no_row_of_another_tenant_is_added_by_a_prepared_insert(two: World) -> None:
+    """Before it reaches the database."""
+    row = {
+        "id": "k",
+        "tenant": "globex",
+        "name": "n",
+        "role": Role.ADMIN,
+        "hash": "h",
+        "created_at": two.clock.now,
+    }
+    prepared = PreparedInsert(insert(TABLES["api_key"]))
+    with pytest.raises(RuntimeError, match="not this tenant's"), two.service.database.write(ACME) as session:
+        prepared.run(session, row)
+    assert two.sql("SELECT id FROM api_key WHERE id = 'k'") == []
+    with two.service.database.write(tenant_scope("globex")) as session:
+        prepared.run(session, row)
+    assert two.sql("SELECT tenant FROM api_key WHERE id = 'k'") == [("globex",)]
 
 
 @pytest.mark.parametrize("tenant", ["globex", None])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
 from sqlmodel import Session, col, select
 
 from anamorph.wire.admin import (
@@ -14,8 +18,9 @@ from anamorph.wire.admin import (
     TenantRead,
 )
 from anamorph.wire.states import State
+from anamorph_keysvc.prepared import PreparedSelect
 from anamorph_keysvc.service.work import found
-from anamorph_keysvc.tables import ApiKey, KeyVersion, Model, Operation, Tenant
+from anamorph_keysvc.tables import TABLES, ApiKey, KeyVersion, Model, Operation, Tenant
 
 
 def tenant(session: Session, tenant: str) -> Tenant:
@@ -40,17 +45,44 @@ def version(session: Session, tenant: str, model: str, version: int) -> KeyVersi
     )
 
 
-def version_and_model(session: Session, tenant: str, model: str, version: int) -> tuple[KeyVersion, Model]:
-    """A key version, locked as a model is, and its model, which is not; or NotFound."""
-    wanted = select(KeyVersion, Model).where(
-        KeyVersion.tenant == tenant,
-        KeyVersion.model == model,
-        KeyVersion.version == version,
-        Model.tenant == KeyVersion.tenant,
-        Model.id == KeyVersion.model,
+@dataclass(frozen=True)
+class Releasable:
+    """What a release needs of a key version and its model; fields as of ``KeyVersion`` and ``Model``."""
+
+    tenant: str
+    model: str
+    version: int
+    state: State
+    key_id: str | None
+    kcv: str | None
+    vocab_kcv: str | None
+    ciphertext: bytes | None = field(repr=False)
+    vocab_size: int
+    policy: dict[str, Any]
+
+
+_VERSION, _MODEL = TABLES["key_version"].c, TABLES["model"].c
+_RELEASABLE = PreparedSelect(
+    sa.select(
+        *(_VERSION.tenant, _VERSION.model, _VERSION.version, _VERSION.state),
+        *(_VERSION.key_id, _VERSION.kcv, _VERSION.vocab_kcv, _VERSION.ciphertext),
+        *(_MODEL.vocab_size, _MODEL.policy),
     )
-    locked = wanted.with_for_update(of=KeyVersion) if _locks(session) else wanted
-    return found(session.exec(locked).one_or_none(), "key version")
+    .where(
+        _VERSION.tenant == sa.bindparam("tenant"),
+        _VERSION.model == sa.bindparam("model"),
+        _VERSION.version == sa.bindparam("version"),
+        _MODEL.tenant == _VERSION.tenant,
+        _MODEL.id == _VERSION.model,
+    )
+    .with_for_update(of=TABLES["key_version"])
+)
+
+
+def releasable(session: Session, tenant: str, model: str, version: int) -> Releasable:
+    """A key version to be released in this write transaction, locked as a model is; or NotFound."""
+    row = _RELEASABLE.run(session, tenant=tenant, model=model, version=version).one_or_none()
+    return Releasable(*found(row, "key version"))
 
 
 def _locks(session: Session) -> bool | None:
@@ -95,7 +127,7 @@ def model_read(row: Model) -> ModelRead:
     return ModelRead.model_validate(row.model_dump(exclude={"last_version"}))
 
 
-def policy_of(row: Model) -> RotationPolicy:
+def policy_of(row: Model | Releasable) -> RotationPolicy:
     """A model's rotation policy."""
     return RotationPolicy.model_validate(row.policy)
 

@@ -6,10 +6,11 @@ import hmac
 
 from anamorph import errors
 from anamorph.keys import TenantKey
+from anamorph_keysvc.service.lookup import Releasable
 from anamorph_keysvc.tables import KeyVersion
 
 
-def key_of(root: bytes, row: KeyVersion) -> TenantKey:
+def key_of(root: bytes, row: KeyVersion | Releasable) -> TenantKey:
     """The key of ``row``, whose root is ``root`` (32 bytes).
 
     Raises:

@@ -15,11 +15,12 @@ from anamorph.wire.states import CLIENT_RELEASE, State
 from anamorph_keysvc.credentials import Caller, GrantHolder
 from anamorph_keysvc.scope import scope_of
 from anamorph_keysvc.service import lookup
+from anamorph_keysvc.service.lookup import Releasable
 from anamorph_keysvc.service.material import key_of
 from anamorph_keysvc.service.materialization import current_grant
 from anamorph_keysvc.service.transition import subject, wrong_state
 from anamorph_keysvc.service.work import Service
-from anamorph_keysvc.tables import Grant, KeyVersion, Model
+from anamorph_keysvc.tables import Grant, KeyVersion
 from anamorph_keysvc.wrapper import root_context
 
 
@@ -50,17 +51,17 @@ def _if_open(
 ) -> ReleaseRead | None:
     """The release by ``key`` or a root that is kept, in one transaction; ``None`` if there is neither."""
     with service.work(caller.actor, caller.scope) as work:
-        row, model = lookup.version_and_model(work.session, *at)
+        row = lookup.releasable(work.session, *at)
         _check_client(row)
         key = key or _kept(service, row)
         if key is None or key.id != row.key_id:
             return None
-        expires_at = work.now + timedelta(seconds=lookup.policy_of(model).client_cache_ttl_s)
+        expires_at = work.now + timedelta(seconds=lookup.policy_of(row).client_cache_ttl_s)
         work.record(row.tenant, "release", subject(row), purpose="client")
-        return _answer(row, model, "client", key.subkey("vocab"), expires_at)
+        return _answer(row, row.vocab_size, "client", key.subkey("vocab"), expires_at)
 
 
-def _kept(service: Service, row: KeyVersion) -> TenantKey | None:
+def _kept(service: Service, row: Releasable) -> TenantKey | None:
     if row.ciphertext is None or row.key_id is None:
         return None
     root = service.roots.get(row.key_id, row.ciphertext)
@@ -85,10 +86,10 @@ def to_job(service: Service, holder: GrantHolder, at: tuple[str, str, int]) -> R
         work.session.add(grant)
         model = lookup.model(work.session, row.tenant, row.model, lock=False)
         work.record(row.tenant, "release", subject(row), purpose="materialize", grant=grant.id)
-        return _answer(row, model, "materialize", root, grant.expires_at)
+        return _answer(row, model.vocab_size, "materialize", root, grant.expires_at)
 
 
-def _check_client(row: KeyVersion) -> None:
+def _check_client(row: KeyVersion | Releasable) -> None:
     if row.state not in CLIENT_RELEASE:
         raise _refusal(row)
 
@@ -125,8 +126,8 @@ def opened(service: Service, row: KeyVersion, kek: str) -> tuple[bytes, TenantKe
 
 
 def _answer(
-    row: KeyVersion,
-    model: Model,
+    row: KeyVersion | Releasable,
+    vocab_size: int,
     purpose: Literal["client", "materialize"],
     secret: bytes,
     expires_at: datetime,
@@ -136,13 +137,13 @@ def _answer(
         key_id=row.key_id or "",
         kcv=row.kcv or "",
         vocab_kcv=row.vocab_kcv or "",
-        vocab_size=model.vocab_size,
+        vocab_size=vocab_size,
         secret=base64.b64encode(secret).decode(),
         expires_at=expires_at,
     )
 
 
-def _refusal(row: KeyVersion) -> errors.ServiceError:
+def _refusal(row: KeyVersion | Releasable) -> errors.ServiceError:
     if row.state is State.SUSPENDED:
         return errors.Forbidden("this key version is suspended", code="suspended")
     if row.state in {State.PENDING, State.MATERIALIZING, State.FAILED}:

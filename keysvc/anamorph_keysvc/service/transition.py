@@ -10,6 +10,7 @@ from sqlmodel import col
 from anamorph import errors
 from anamorph.wire.states import TRANSITIONS, State
 from anamorph_keysvc.service import webhooks
+from anamorph_keysvc.service.lookup import Releasable
 from anamorph_keysvc.service.work import Work
 from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion
 
@@ -86,11 +87,11 @@ def require(row: KeyVersion, expected: int | None) -> None:
         )
 
 
-def subject(row: KeyVersion) -> str:
+def subject(row: KeyVersion | Releasable) -> str:
     """How the audit log names a version."""
     return f"{row.model}/keys/{row.version}"
 
 
-def wrong_state(row: KeyVersion, action: str) -> errors.Conflict:
+def wrong_state(row: KeyVersion | Releasable, action: str) -> errors.Conflict:
     """The refusal of an action that the version's state does not admit."""
     return errors.Conflict(f"a version in {row.state} does not admit '{action}'", code="wrong_state")
