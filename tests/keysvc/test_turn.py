@@ -219,12 +219,12 @@ async def test_an_application_of_a_version_that_nobody_knows_stays(world: World,
 @pytest.mark.parametrize(
     ("query", "index"),
     [
-        ([("state", state) for state in sorted(ONGOING)], "ix_key_version_ongoing"),
-        ([("due", "true")], "ix_key_version_destroy_at"),
+        ({"state": sorted(ONGOING)}, "ix_key_version_ongoing"),
+        ({"due": ["true"]}, "ix_key_version_destroy_at"),
     ],
 )
 async def test_what_a_turn_lists_has_an_index_of_its_own(
-    world: World, query: list[tuple[str, str]], index: str
+    world: World, query: dict[str, list[str]], index: str
 ) -> None:
     """The databases see that its condition covers the list's: they can take it."""
     asked: list[tuple[str, Any]] = []
