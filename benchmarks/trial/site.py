@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Site(System):
         """The door, and every version that may be asked."""
         served = {State.ACTIVE, State.DRAINING}
         with platform_keys(self.home, self.url) as keys:
-            versions = [v for v in everything(keys.all_versions) if v.state in served]
+            versions = list(everything(partial(keys.all_versions, states=served)))
         return {"door"} | {f"{v.tenant}.{v.model}.v{v.version}" for v in versions}
 
     def strays(self) -> list[str]:

@@ -77,7 +77,8 @@ _PARAMETERS: dict[str, Document] = {
     "operation": {"description": "Id of the operation."},
     "webhook": {"description": "Id of the webhook."},
     "key": {"description": "Id of the API key."},
-    "state": {"description": "Only versions in this state."},
+    "state": {"description": "Only versions in one of these states."},
+    "due": {"description": "Only versions that are to be destroyed by now."},
     "page": {"description": "The next_page of the answer before; the first page without."},
     "limit": {"description": "Most items of a page."},
     "idempotency-key": {

@@ -32,6 +32,8 @@ IN_FLIGHT = (State.PENDING, State.MATERIALIZING, State.STAGED)
 # Conditions of partial indexes, as both databases read them.
 _ACTIVE = text("state = 'ACTIVE'")
 _IN_FLIGHT = text("state IN ('PENDING', 'MATERIALIZING', 'STAGED')")
+_ONGOING = text("state IN ('PENDING', 'MATERIALIZING', 'STAGED', 'ACTIVE', 'DRAINING', 'SUSPENDED')")
+_SCHEDULED = text("state = 'DESTROY_SCHEDULED'")
 _SPENT = text("state = 'ACTIVE' AND served_tokens >= token_limit")
 _RUNNING = text("status = 'running'")
 _SHREDDING = text("kind = 'shred' AND status = 'running'")
@@ -129,6 +131,18 @@ class KeyVersion(Base, table=True):
             postgresql_where=_ACTIVE,
         ),
         Index("ix_key_version_state", "state"),
+        # What the operator lists in every turn: it must not read the versions of the past.
+        Index(
+            "ix_key_version_ongoing",
+            "tenant",
+            "model",
+            "version",
+            sqlite_where=_ONGOING,
+            postgresql_where=_ONGOING,
+        ),
+        Index(
+            "ix_key_version_destroy_at", "destroy_at", sqlite_where=_SCHEDULED, postgresql_where=_SCHEDULED
+        ),
         Index("ix_key_version_rotate_at", "rotate_at", sqlite_where=_ACTIVE, postgresql_where=_ACTIVE),
         Index("ix_key_version_token_limit", "tenant", "model", sqlite_where=_SPENT, postgresql_where=_SPENT),
         Index(

@@ -12,10 +12,12 @@ Rules, each of which a property test holds on to:
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 
 from anamorph.wire.admin import KeyVersionRead, ModelRead
-from anamorph.wire.serving import DoorState, EngineSettings, KeyState, PoolState, Route, pool_name
+from anamorph.wire.serving import DoorState, Ended, EngineSettings, KeyState, PoolState, Route, pool_name
 from anamorph.wire.states import GONE, SERVABLE, State
 from anamorph_operator import capacity, pools
 from anamorph_operator.state import Application, AppStatus, Baseline, Deployed, Desired, Observed, Ref
@@ -40,13 +42,40 @@ def applications(desired: Desired, observed: Observed, now: datetime) -> tuple[A
 
 
 def _door(desired: Desired, standing: list[Application]) -> Application:
-    # A version that is still being prepared has no key id, and nobody can ask for it yet.
-    known = (version for version in desired.versions if version.key_id and version.state is not State.FAILED)
     apps = {app.name: app for app in standing}
-    routes = tuple(_route(version, desired.model_of(Ref.of(version)), apps) for version in known)
-    return Application(
-        DOOR, "/", None, DoorState(jwks=desired.jwks, routes=routes, otlp_endpoint=desired.otlp_endpoint)
+    pairs = ((version, desired.model_of(Ref.of(version))) for version in desired.versions)
+    routes = tuple(_route(version, model, apps) for version, model in pairs if _routed(version, model, apps))
+    state = DoorState(
+        jwks=desired.jwks,
+        routes=routes,
+        ended=tuple(_ended(desired, routes)),
+        otlp_endpoint=desired.otlp_endpoint,
     )
+    return Application(DOOR, "/", None, state)
+
+
+def _ended(desired: Desired, routes: Iterable[Route]) -> Iterator[Ended]:
+    """For each model, up to where versions without a route have ended; nothing where all have one.
+
+    At most one version is being prepared, and it is the last: it has not ended.
+    """
+    preparing = {Ref.of(v) for v in desired.versions if v.key_id is None and v.state is State.PENDING}
+    routed = defaultdict(list)
+    for route in routes:
+        routed[route.tenant, route.model].append(route.version)
+    for model in desired.models:
+        last = Ref(model.tenant, model.id, model.last_version)
+        up_to = last.version - (last in preparing)
+        if up_to > sum(version <= up_to for version in routed[model.tenant, model.id]):
+            yield Ended(tenant=model.tenant, model=model.id, up_to=up_to)
+
+
+def _routed(version: KeyVersionRead, model: ModelRead | None, apps: dict[str, Application]) -> bool:
+    """Whether the door has to know more of a version than that it has ended, or nothing."""
+    if version.state in GONE:
+        return model is not None and _app_of(Ref.of(version), model, apps) is not None
+    # A version that is still being prepared has no key id, and nobody can ask for it yet.
+    return version.key_id is not None and version.state is not State.FAILED
 
 
 def _route(version: KeyVersionRead, model: ModelRead | None, apps: dict[str, Application]) -> Route:
@@ -67,8 +96,8 @@ def _route(version: KeyVersionRead, model: ModelRead | None, apps: dict[str, App
 
 def _forwarding(ref: Ref, model: ModelRead, apps: dict[str, Application]) -> dict[str, object]:
     """What the door needs to forward to a version whose application has no route of its own."""
-    app = apps.get(ref.served_by(model))
-    if app is None or app.route is not None or (model.serving.pool and app.member(ref) is None):
+    app = _app_of(ref, model, apps)
+    if app is None or app.route is not None:
         return {}
     replicas = app.settings.autoscaling.max_replicas if isinstance(app.settings, EngineSettings) else 1
     return {
@@ -77,6 +106,12 @@ def _forwarding(ref: Ref, model: ModelRead, apps: dict[str, Application]) -> dic
         "affinity": replicas > 1,
         "request_timeout_s": model.policy.longest_request_s,
     }
+
+
+def _app_of(ref: Ref, model: ModelRead, apps: dict[str, Application]) -> Application | None:
+    app = apps.get(ref.served_by(model))
+    outside = app is None or (model.serving.pool is not None and app.member(ref) is None)
+    return None if outside else app
 
 
 def _version_app(

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from traceback import format_tb
@@ -22,10 +22,11 @@ from anamorph.replica import Store
 from anamorph.serve.cluster.placement import Node
 from anamorph.serve.cluster.sizing import Size, read_size
 from anamorph.wire.admin import Activation, Dtype, Failure, UsageReport
-from anamorph.wire.keyservice import AsyncKeyService, aeverything
+from anamorph.wire.keyservice import AsyncKeyService
 from anamorph.wire.serving import Cache, Usage
 from anamorph.wire.states import GONE, State
 from anamorph_operator import actions as act
+from anamorph_operator import listing
 from anamorph_operator.begin import Limits, allowed
 from anamorph_operator.jobs import Jobs
 from anamorph_operator.plan import plan
@@ -105,6 +106,8 @@ class LocalOperator:
         jobs, checks = self._jobs.observe(), self._prober.observe()
         desired = await self._desired()
         deployed = await self._deployed()
+        ended = await listing.standing_versions(self._keys, desired.versions, deployed or {})
+        desired = replace(desired, versions=desired.versions + ended)
         await self._read_usage(desired, deployed or {})
         observed = Observed(
             deployed=deployed,
@@ -137,9 +140,11 @@ class LocalOperator:
         return True
 
     async def _desired(self) -> Desired:
+        # Models first: a version up to the last one that is not listed afterwards has ended.
+        models = await listing.all_models(self._keys)
         return Desired(
-            versions=tuple([version async for version in aeverything(self._keys.all_versions)]),
-            models=tuple([model async for model in aeverything(self._keys.all_models)]),
+            versions=await listing.current_versions(self._keys),
+            models=models,
             jwks=(await self._keys.inference_keys()).keys,
             serve_url=self._settings.serve_url,
             baselines=self._settings.baselines,

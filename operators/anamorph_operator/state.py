@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from anamorph.serve.cluster.placement import Node
@@ -78,6 +79,8 @@ class Desired:
     """The key service's records, and what the operator was started with.
 
     Args:
+        versions: those that may still have to be acted on. A version of a known model that is
+            not among them, up to the model's last one, has ended and nothing of it stands.
         allow_base: prefixes of URLs or folders that base checkpoints may come from.
         serve_url: ``http://host:port`` where Ray Serve listens.
         pools: for each pool, those of its ``PoolSettings`` that its members do not decide.
@@ -95,8 +98,11 @@ class Desired:
 
     def model_of(self, ref: Ref) -> ModelRead | None:
         """The model record of a version; ``None`` if it is not there (yet)."""
-        found = (m for m in self.models if (m.tenant, m.id) == (ref.tenant, ref.model))
-        return next(found, None)
+        return self._models.get((ref.tenant, ref.model))
+
+    @cached_property
+    def _models(self) -> dict[tuple[str, str], ModelRead]:
+        return {(model.tenant, model.id): model for model in self.models}
 
 
 class AppStatus(StrEnum):

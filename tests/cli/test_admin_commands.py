@@ -73,6 +73,19 @@ def test_a_tenant_is_created_listed_and_shown(shell: Any) -> None:
     assert "anamorph tenant list" in again.stderr
 
 
+def test_the_platform_sets_a_quota_and_its_tenant_reads_it(shell: Any) -> None:
+    """By name; `default` takes a field back. What is no field or number is refused before it is sent."""
+    change = ("tenant", "quota", "set", shell.tenant)
+    made = shell.json(*change, "devices=300", "tokens_per_s=5000", key=shell.platform_key)
+    assert (made["devices"], made["tokens_per_s"]) == (300, 5000)
+    assert shell.json("tenant", "quota", "show", shell.tenant) == made
+    back = shell.json(*change, "devices=default", "tokens_per_s=default", key=shell.platform_key)
+    assert (back["devices"], back["tokens_per_s"]) == (200, None)
+    for wrong in ("gpus=3", "devices", "devices=5m", "devices=1.5"):
+        assert "devices" in shell(*change, wrong, code=2).stderr
+    assert "error: " in shell(*change, "devices=300", code=1).stderr
+
+
 def test_an_api_key_is_shown_once(shell: Any) -> None:
     """The secret is in the answer to its creation, works, and is in no list."""
     made = shell.json("tenant", "api-key", "create", shell.tenant, "--name", "ops", "--role", "auditor")

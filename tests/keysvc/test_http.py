@@ -16,6 +16,7 @@ from anamorph import errors
 from anamorph.wire.admin import Role, RotationPolicyPatch, TenantCreate
 from anamorph.wire.audit import first_break
 from anamorph.wire.keyservice import aeverything
+from anamorph.wire.states import State
 from anamorph_keysvc.database import Database
 from anamorph_keysvc.idempotency import forget_old
 from anamorph_keysvc.scope import PLATFORM
@@ -265,8 +266,10 @@ async def test_the_operators_view_holds_all_tenants_and_filters_by_state(world: 
     world.rotate("globex")
     async with world.client(Role.PLATFORM) as platform:
         assert len([row async for row in aeverything(platform.all_versions)]) == 3
-        pending = (await platform.all_versions(state=None)).items[-1].state
-        assert [row.version for row in (await platform.all_versions(state=pending)).items] == [2]
+        pending = await platform.all_versions(states={State.PENDING})
+        assert [row.version for row in pending.items] == [2]
+        both = await platform.all_versions(states={State.PENDING, State.ACTIVE})
+        assert [f"{row.tenant}.v{row.version}" for row in both.items] == ["acme.v1", "globex.v1", "globex.v2"]
         assert {row.tenant async for row in aeverything(platform.all_models)} == {"acme", "globex"}
 
 

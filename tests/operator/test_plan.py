@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 
 from anamorph.wire.admin import KeyVersionRead, ModelRead
-from anamorph.wire.serving import Usage
+from anamorph.wire.serving import DoorState, Usage
 from anamorph.wire.states import State
 from anamorph_operator.actions import (
     Action,
@@ -274,12 +274,52 @@ def others_are_empty(actions: list[Action]) -> list[Apply]:
 
 @pytest.mark.parametrize("ended", [State.RETIRED, State.COMPROMISED, State.DESTROY_SCHEDULED])
 def test_gone_versions_are_known_to_the_door(
-    desired: Want, version: Build, empty: Observed, now: datetime, ended: State
+    desired: Want, version: Build, empty: Observed, model: ModelRead, now: datetime, ended: State
 ) -> None:
     """410, not 404, for a version that was served once."""
-    [apply] = others_are_empty(plan(desired(version(1, ended)), empty, now))
+    models = (model.model_copy(update={"last_version": 1}),)
+    [apply] = others_are_empty(plan(desired(version(1, ended), models=models), empty, now))
     state = apply.applications[0].state.model_dump()
-    assert [route["status"] for route in state["routes"]] == ["gone"]
+    assert [one["up_to"] for one in state["ended"]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("last", "listed", "up_to"),
+    [
+        (0, [], None),
+        (1, [(1, State.ACTIVE)], None),
+        (3, [(3, State.ACTIVE)], 3),
+        (3, [], 3),
+        (3, [(1, State.SUSPENDED), (3, State.ACTIVE)], 3),
+        (2, [(2, State.ACTIVE), (3, State.PENDING)], 2),  # begun since the models were read
+    ],
+)
+def test_versions_of_the_past_are_known_to_the_door_by_the_models_last_one(
+    desired: Want,
+    version: Build,
+    model: ModelRead,
+    now: datetime,
+    last: int,
+    listed: list[tuple[int, State]],
+    up_to: int | None,
+) -> None:
+    """They are not listed: whatever has no route, up to there, has ended. Where all have one, none has."""
+    models = (model.model_copy(update={"last_version": last}),)
+    want = desired(*(version(*one) for one in listed), models=models)
+    door = applications(want, Observed(deployed={}), now)[0].state
+    assert isinstance(door, DoorState)
+    assert [ended.up_to for ended in door.ended] == ([] if up_to is None else [up_to])
+
+
+def test_a_version_that_is_being_prepared_has_not_ended(
+    desired: Want, version: Build, model: ModelRead, now: datetime
+) -> None:
+    """It has no route yet and is the model's last: the door must not call it gone."""
+    nameless = version(2, State.PENDING, key_id=None, kcv=None, vocab_kcv=None, public_key=None)
+    models = (model.model_copy(update={"last_version": 2}),)
+    door = applications(desired(nameless, models=models), Observed(deployed={}), now)[0].state
+    assert isinstance(door, DoorState)
+    assert [ended.up_to for ended in door.ended] == [1]
 
 
 def test_destruction_follows_application_files_key(

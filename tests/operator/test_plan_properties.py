@@ -24,9 +24,10 @@ from anamorph.wire.admin import (
     Serving,
 )
 from anamorph.wire.serving import DoorState, KeyState, PoolState, Usage
-from anamorph.wire.states import GONE, TRANSITIONS, State
+from anamorph.wire.states import GONE, ONGOING, TRANSITIONS, State
 from anamorph_operator import actions as act
 from anamorph_operator.begin import EXIT_REFUSED
+from anamorph_operator.listing import standing
 from anamorph_operator.plan import plan
 from anamorph_operator.state import (
     Application,
@@ -85,7 +86,12 @@ class World(RuleBasedStateMachine):
     # -- what the plan sees -------------------------------------------------
 
     def model(self) -> ModelRead:
-        return MODEL.model_copy(update={"context_length": self.context_length, "serving": self.serving})
+        fields = {
+            "context_length": self.context_length,
+            "serving": self.serving,
+            "last_version": len(self.versions),
+        }
+        return MODEL.model_copy(update=fields)
 
     def app_of(self, number: int) -> Deployed | None:
         """What serves a version now: its application, or its pool once it is a member."""
@@ -94,9 +100,18 @@ class World(RuleBasedStateMachine):
     def served_by(self, app: Deployed) -> list[int]:
         return [n for n in self.versions if self.app_of(n) is app]
 
+    def listed(self) -> list[KeyVersionRead]:
+        """What the driver reads: no version of the past, unless it is due or something of it stands."""
+        there = standing(self.apps) if self.ray_up else set()
+        return [
+            version
+            for version in self.versions.values()
+            if version.state in ONGOING or due(version, self.now) or Ref.of(version) in there
+        ]
+
     def desired(self) -> Desired:
         return Desired(
-            tuple(self.versions.values()),
+            tuple(self.listed()),
             (self.model(),),
             (),
             "http://serve",
@@ -331,6 +346,11 @@ class World(RuleBasedStateMachine):
             forwarded = app is not None and app.application is not None and app.application.route is None
             assert (route.app is not None) == forwarded
             assert route.app is None or app is None or route.app == app.name
+        routes = {route.version: route.status for route in door.routes}
+        up_to = max((ended.up_to for ended in door.ended), default=0)
+        for number, version in self.versions.items():
+            gone = routes.get(number, "gone" if number <= up_to else "unknown") == "gone"
+            assert gone == (version.state in GONE | {State.FAILED}), "410 for exactly what has ended"
 
     def activate(self, ref: Ref) -> None:
         app = self.app_of(ref.version)
@@ -377,6 +397,11 @@ class World(RuleBasedStateMachine):
         assert self.apps.keys() == {"door", "plaintext.smol.v0"} | own
         if self.in_state(State.ACTIVE):
             assert not self.in_state(State.DRAINING)
+
+
+def due(version: KeyVersionRead, now: datetime) -> bool:
+    scheduled = version.state is State.DESTROY_SCHEDULED
+    return scheduled and version.destroy_at is not None and version.destroy_at <= now
 
 
 def refuses(app: Deployed, number: int) -> bool:

@@ -37,7 +37,8 @@ EMPTY = Observed(deployed={})
 @pytest.fixture
 def sharing(desired: Want, model: ModelRead) -> Want:
     """Two tenants' models in one pool."""
-    models = [model.model_copy(update={"serving": SHARED, "tenant": name}) for name in ("acme", "globex")]
+    fields = {"serving": SHARED, "last_version": 1}
+    models = [model.model_copy(update={**fields, "tenant": name}) for name in ("acme", "globex")]
 
     def build(*versions: KeyVersionRead, **fields: Any) -> Desired:
         return desired(*versions, **({"models": tuple(models)} | fields))
@@ -119,7 +120,9 @@ def test_a_member_leaves_when_it_refuses_and_is_idle(sharing: Want, version: Bui
     assert [m.status for m in pool_of(held)[1]] == ["gone", "serving"]
     left = applications(ended, standing(told, now, usage=idle), now)
     assert [m.tenant for m in pool_of(left)[1]] == ["globex"]
-    assert (routes(left)["acme.v1"].app, routes(left)["acme.v1"].status) == (None, "gone")
+    assert routes(told)["acme.v1"].status == "gone"
+    assert list(routes(left)) == ["globex.v1"]
+    assert left[0].state.model_dump()["ended"] == ({"tenant": "acme", "model": "smol", "up_to": 1},)
 
 
 def test_a_pool_without_members_goes(sharing: Want, version: Build, now: datetime) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from typing import Annotated
+
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sqlmodel import col, select
 
@@ -24,14 +26,18 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 def all_versions(
     caller: Platform,
     service: TheService,
-    state: State | None = None,
+    state: Annotated[list[State] | None, Query()] = None,
+    due: bool = False,
     page: PageToken = None,
     limit: PageSize = DEFAULT_SIZE,
 ) -> Page[KeyVersionRead]:
     """Key versions of all tenants."""
     wanted = select(KeyVersion)
-    if state is not None:
-        wanted = wanted.where(KeyVersion.state == state)
+    if state:
+        wanted = wanted.where(lookup.has_state(*state))
+    if due:
+        scheduled = lookup.has_state(State.DESTROY_SCHEDULED)
+        wanted = wanted.where(scheduled, col(KeyVersion.destroy_at) <= service.clock())
     order = (col(KeyVersion.tenant), col(KeyVersion.model), col(KeyVersion.version))
     with service.database.read(caller.scope) as session:
         return page_of(session, wanted, order, lookup.version_read, page, limit)

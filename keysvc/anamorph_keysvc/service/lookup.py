@@ -117,6 +117,22 @@ def in_states(session: Session, model: Model, *states: State) -> KeyVersion | No
     return session.exec(wanted.with_for_update() if _locks(session) else wanted).one_or_none()
 
 
+def has_state(*states: State) -> sa.ColumnElement[bool]:
+    """Whether a version is in one of ``states``, of which there must be one.
+
+    They are written into the statement as they are: only so do the databases see that a partial
+    index covers it. SQLite compares word by word, hence their order, and the equality.
+    """
+    column: Any = col(KeyVersion.state)
+    ordered = [state for state in State if state in states]
+    one = len(ordered) == 1
+    wanted = sa.bindparam(
+        None, ordered[0] if one else ordered, column.type, expanding=not one, literal_execute=True
+    )
+    found: sa.ColumnElement[bool] = column == wanted if one else column.in_(wanted)
+    return found
+
+
 def tenant_read(row: Tenant) -> TenantRead:
     """Message of a tenant."""
     return TenantRead.model_validate(row.model_dump(include=set(TenantRead.model_fields)))
@@ -124,7 +140,7 @@ def tenant_read(row: Tenant) -> TenantRead:
 
 def model_read(row: Model) -> ModelRead:
     """Message of a model."""
-    return ModelRead.model_validate(row.model_dump(exclude={"last_version"}))
+    return ModelRead.model_validate(row.model_dump())
 
 
 def policy_of(row: Model | Releasable) -> RotationPolicy:

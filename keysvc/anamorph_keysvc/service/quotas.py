@@ -1,4 +1,4 @@
-"""How many objects a tenant may have.
+"""How many objects a tenant may have, and how much of the compute zone its models may ask for.
 
 Over a quota is 409 and not 429: waiting does not help, something has to be deleted, or
 the quota raised. A client that repeats 429 by itself would repeat for nothing.
@@ -6,13 +6,14 @@ the quota raised. A client that repeats 429 by itself would repeat for nothing.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import ValidationError
 from sqlmodel import col, func, select
 
 from anamorph import errors
-from anamorph.wire.admin import TenantQuota, TenantQuotaPatch
+from anamorph.wire.admin import Serving, TenantQuota, TenantQuotaPatch
 from anamorph.wire.states import LIVING
 from anamorph_keysvc import audit
 from anamorph_keysvc.service import lookup
@@ -63,6 +64,57 @@ def check(work: Work, tenant: str, what: Counted) -> None:
             f"this tenant's quota is {most} {what.replace('_', ' ')}: delete one or have the quota raised",
             code="quota_exceeded",
         )
+
+
+def check_serving(work: Work, tenant: str, added: Serving) -> None:
+    """Refuse the model that this transaction has just added, if with it the models ask for too much.
+
+    What adds nothing to a quota is admitted even if the others are over it. Called last, as ``check`` is.
+
+    Raises:
+        Conflict: over the quota.
+    """
+    audit.take_turn(work.session, tenant)
+    quota = of(lookup.tenant(work.session, tenant))
+    records = work.session.exec(select(Model.serving).where(Model.tenant == tenant))
+    asked = [_asks(Serving.model_validate(record)) for record in records]
+    for name, share in _asks(added).items():
+        most, total = getattr(quota, name), sum(one.get(name, 0) for one in asked)
+        if most is not None and share > 0 and total > most:
+            raise errors.Conflict(_too_much(name, most, total), code="quota_exceeded")
+
+
+def _asks(serving: Serving) -> dict[str, float]:
+    """The most that one model takes of each quota, while no rotation runs two of its versions."""
+    replicas = serving.autoscaling.max_replicas
+    concurrent = serving.max_concurrent * replicas
+    if serving.placement == "dedicated":
+        ranks = serving.tensor_parallel * serving.pipeline_parallel * replicas
+        return {"devices": ranks * max(1, serving.num_gpus), "concurrent": concurrent}
+    rate = math.inf if serving.tokens_per_s is None else serving.tokens_per_s
+    # Its pool's process is no tenant's; but who comes first says how many GPUs that takes.
+    devices = serving.num_gpus
+    return {"devices": devices, "concurrent": concurrent, "weight": serving.weight, "tokens_per_s": rate}
+
+
+def _too_much(name: str, most: int, total: float) -> str:
+    if total == math.inf:
+        return (
+            f"this tenant's quota is {most} tokens_per_s, and not all of its models in pools have a bound:"
+            " give the model tokens_per_s within it, or have the quota raised"
+        )
+    return (
+        f"this tenant's quota is {most} {name}, and its models would ask for {total:.15g} together"
+        f" ({_MEANING[name]}): ask for less or have the quota raised"
+    )
+
+
+_MEANING = {
+    "devices": "tensor_parallel x pipeline_parallel x max_replicas x num_gpus of each",
+    "concurrent": "max_concurrent x max_replicas of each",
+    "weight": "of those in pools",
+    "tokens_per_s": "of those in pools",
+}
 
 
 def _counting(tenant: str, what: Counted) -> Any:

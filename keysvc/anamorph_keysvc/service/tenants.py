@@ -44,7 +44,7 @@ def create_model(work: Work, tenant: str, body: ModelCreate) -> ModelRead:
     """Register a model.
 
     Raises:
-        Conflict: it exists, or the tenant has too many.
+        Conflict: it exists, or the tenant has too many, or they ask for too much together.
     """
     lookup.tenant(work.session, tenant)
     if work.session.get(Model, (tenant, body.id)) is not None:
@@ -54,6 +54,7 @@ def create_model(work: Work, tenant: str, body: ModelCreate) -> ModelRead:
     work.session.flush()
     work.record(tenant, "model.create", row.id, base=row.base, profile=row.profile)
     quotas.check(work, tenant, "models")
+    quotas.check_serving(work, tenant, body.serving)
     return lookup.model_read(row)
 
 

@@ -132,7 +132,7 @@ class Watch:
         self.ledger.expire(now)
         if now - self._refreshed < self._settings.refresh_s:
             return
-        active = everything(lambda page: self._keys.all_versions(state=State.ACTIVE, page=page))
+        active = everything(lambda page: self._keys.all_versions(states={State.ACTIVE}, page=page))
         found, left_out = loaded(active, everything(self._keys.all_models), self._baselines)
         for reason, count in left_out.items():
             self._skipped.add(count, {names.REASON: reason})

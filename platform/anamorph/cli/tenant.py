@@ -1,4 +1,4 @@
-"""``anamorph tenant``: tenants and their API keys."""
+"""``anamorph tenant``: tenants, their API keys and quotas."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from anamorph.cli import quota
 from anamorph.cli.admin import AnsweredId, Connection, Tenant, Yes, confirm, connected
 from anamorph.cli.output import AsJson, show, show_record, show_records
 from anamorph.wire.admin import ApiKeyCreate, Role, TenantCreate
@@ -18,6 +19,7 @@ from anamorph.wire.keyservice import everything
 app = typer.Typer(help="Tenants and their API keys.", no_args_is_help=True)
 api_keys = typer.Typer(help="API keys of a tenant.", no_args_is_help=True)
 app.add_typer(api_keys, name="api-key")
+app.add_typer(quota.app, name="quota")
 
 _LOOK = "anamorph tenant list"
 

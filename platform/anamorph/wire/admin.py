@@ -210,8 +210,11 @@ class ModelCreate(Message):
 
 
 class ModelRead(ModelCreate):
+    """A model; ``last_version`` is the highest version number ever given out, 0 before the first."""
+
     tenant: Label
     created_at: datetime
+    last_version: Int = Field(default=0, ge=0)
 
 
 class Probe(Message):
@@ -541,13 +544,26 @@ class WebhookEvent(Message):
 
 class TenantQuota(Message):
     """How many objects a tenant may have at once: API keys that are not revoked, and key
-    versions from PENDING to RETIRED or SUSPENDED, which are those it has yet to destroy.
+    versions from PENDING to RETIRED or SUSPENDED, which are those it has yet to destroy;
+    and how much all of its models together may ask for in their ``Serving``.
+
+    Args:
+        devices: ranks times replicas at most, each rank counted as its GPUs where it has several;
+            a model in a pool counts as its ``num_gpus`` alone.
+        concurrent: sequences that are computed at a time, in all replicas.
+        weight: of the models in pools.
+        tokens_per_s: of the models in pools, each of which must then name its bound; no quota by
+            default, since members without a bound still share by weight.
     """
 
     models: Int = Field(default=100, ge=0, le=100_000)
     api_keys: Int = Field(default=200, ge=0, le=100_000)
     webhooks: Int = Field(default=10, ge=0, le=1000)
     versions: Int = Field(default=1000, ge=0, le=1_000_000)
+    devices: Int = Field(default=200, ge=0, le=10**9)
+    concurrent: Int = Field(default=4096, ge=0, le=10**9)
+    weight: Int = Field(default=100, ge=0, le=10**9)
+    tokens_per_s: Int | None = Field(default=None, ge=0, le=10**12)
 
 
 class TenantQuotaPatch(Message):
@@ -557,3 +573,7 @@ class TenantQuotaPatch(Message):
     api_keys: Int | None = None
     webhooks: Int | None = None
     versions: Int | None = None
+    devices: Int | None = None
+    concurrent: Int | None = None
+    weight: Int | None = None
+    tokens_per_s: Int | None = None

@@ -7,6 +7,7 @@ before or after the network stands here once.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
@@ -40,7 +41,7 @@ class Call(Generic[T]):
     path: str
     answer: type[T]
     body: BaseModel | None = None
-    query: dict[str, str] = field(default_factory=dict)
+    query: Mapping[str, str | list[str]] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     repeatable: bool = False
 
@@ -137,7 +138,7 @@ def _json(response: httpx.Response) -> Any:
         return None
 
 
-def get(path: str, answer: type[T], *, page: str | None = None, **query: str | None) -> Call[T]:
+def get(path: str, answer: type[T], *, page: str | None = None, **query: str | list[str] | None) -> Call[T]:
     """A read, of one page where the answer is a list."""
     wanted = {name: value for name, value in {**query, "page": page}.items() if value is not None}
     return Call("GET", path, answer, query=wanted, repeatable=True)
@@ -227,6 +228,24 @@ def release(recipient: Recipient) -> Call[admin.ReleaseRead]:
     )
 
 
-def versions(state: State | None, page: str | None) -> Call[admin.Page[admin.KeyVersionRead]]:
+def versions(
+    states: Collection[State], page: str | None, limit: int | None, *, due: bool
+) -> Call[admin.Page[admin.KeyVersionRead]]:
     """One page of the key versions of all tenants."""
-    return get("/v1/versions", admin.Page[admin.KeyVersionRead], page=page, state=state)
+    return get(
+        "/v1/versions",
+        admin.Page[admin.KeyVersionRead],
+        page=page,
+        state=[state for state in State if state in states] or None,
+        due="true" if due else None,
+        limit=_number(limit),
+    )
+
+
+def models(page: str | None, limit: int | None) -> Call[admin.Page[admin.ModelRead]]:
+    """One page of the models of all tenants."""
+    return get("/v1/models", admin.Page[admin.ModelRead], page=page, limit=_number(limit))
+
+
+def _number(value: int | None) -> str | None:
+    return None if value is None else str(value)

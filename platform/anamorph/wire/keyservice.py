@@ -14,7 +14,7 @@ Idempotency-Key, which every method makes up for itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -318,13 +318,27 @@ class KeyService:
         """One page of the tenant's audit log, oldest first."""
         return self._send(calls.get(f"{tenant_path(tenant)}/audit", Page[AuditRead], page=page))
 
-    def all_versions(self, *, state: State | None = None, page: str | None = None) -> Page[KeyVersionRead]:
-        """One page of the key versions of all tenants."""
-        return self._send(calls.versions(state, page))
+    def all_versions(
+        self,
+        *,
+        states: Collection[State] = (),
+        due: bool = False,
+        page: str | None = None,
+        limit: int | None = None,
+    ) -> Page[KeyVersionRead]:
+        """One page of the key versions of all tenants.
 
-    def all_models(self, *, page: str | None = None) -> Page[ModelRead]:
+        Args:
+            states: only versions in one of these; all by default.
+            due: only versions that are to be destroyed by now.
+            page: ``next_page`` of the page before.
+            limit: most items of the page, up to 500; the service's default is 100.
+        """
+        return self._send(calls.versions(states, page, limit, due=due))
+
+    def all_models(self, *, page: str | None = None, limit: int | None = None) -> Page[ModelRead]:
         """One page of the models of all tenants."""
-        return self._send(calls.get("/v1/models", Page[ModelRead], page=page))
+        return self._send(calls.models(page, limit))
 
     def create_webhook(self, tenant: str, webhook: WebhookCreate) -> WebhookSecret:
         """Create a webhook; this answer is the only one that shows its secret."""

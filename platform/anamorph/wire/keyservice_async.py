@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -278,12 +278,17 @@ class AsyncKeyService:
         return await self._send(calls.get(f"{tenant_path(tenant)}/audit", Page[AuditRead], page=page))
 
     async def all_versions(
-        self, *, state: State | None = None, page: str | None = None
+        self,
+        *,
+        states: Collection[State] = (),
+        due: bool = False,
+        page: str | None = None,
+        limit: int | None = None,
     ) -> Page[KeyVersionRead]:
-        return await self._send(calls.versions(state, page))
+        return await self._send(calls.versions(states, page, limit, due=due))
 
-    async def all_models(self, *, page: str | None = None) -> Page[ModelRead]:
-        return await self._send(calls.get("/v1/models", Page[ModelRead], page=page))
+    async def all_models(self, *, page: str | None = None, limit: int | None = None) -> Page[ModelRead]:
+        return await self._send(calls.models(page, limit))
 
     async def create_webhook(self, tenant: str, webhook: WebhookCreate) -> WebhookSecret:
         return await self._send(calls.post_plain(f"{tenant_path(tenant)}/webhooks", WebhookSecret, webhook))

@@ -171,11 +171,20 @@ class Route(Message):
     request_timeout_s: float = Field(default=300, gt=0)
 
 
+class Ended(Message):
+    """Versions of a model up to ``up_to`` that have no ``Route`` have ended: they are answered 410."""
+
+    tenant: str
+    model: Label
+    up_to: int = Field(ge=1)
+
+
 class DoorState(Message):
     """``user_config`` of the door."""
 
     jwks: tuple[PublicKey, ...] = ()
     routes: tuple[Route, ...] = ()
+    ended: tuple[Ended, ...] = ()
     otlp_endpoint: str | None = None
 
 

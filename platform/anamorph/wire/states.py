@@ -44,5 +44,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 CLIENT_RELEASE = frozenset({S.STAGED, S.ACTIVE, S.DRAINING})
 # A replica of these states may stand in the compute zone.
 SERVABLE = frozenset({S.STAGED, S.ACTIVE, S.DRAINING, S.SUSPENDED})
+# What the operator looks at in every turn: versions that are being made, or may be served.
+ONGOING = LIVING - {S.RETIRED}
 # What the data plane answers for a version that is no longer served.
 GONE = frozenset({S.RETIRED, S.COMPROMISED, S.DESTROY_SCHEDULED, S.DESTROYED})

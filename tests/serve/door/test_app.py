@@ -11,7 +11,7 @@ from anamorph.serve.applications.door import build
 from anamorph.serve.cluster.proxy import OpenAIShape, middlewares
 from anamorph.serve.door.app import Door
 from anamorph.serve.door.handles import Handles
-from anamorph.wire.serving import DoorState, Route
+from anamorph.wire.serving import DoorState, Ended, Route
 
 if TYPE_CHECKING:
     from tests.serve.conftest import Issuer
@@ -21,14 +21,15 @@ NOW = 1_800_000_000.0
 
 @pytest.fixture
 def http(issuer: Issuer) -> httpx.AsyncClient:
-    """A door with one version in every state; every request has a valid token."""
+    """A door with one version in every state, and three of the past; every request has a valid token."""
     states = ["serving", "suspended", "gone", "pending"]
     routes = [
         Route(tenant="acme", model="smol", version=v, key_id="k", status=s)
         for v, s in enumerate(states, start=1)
     ]
     door = Door(Handles(), lambda: NOW)
-    door.reconfigure(DoorState(jwks=issuer.jwks, routes=tuple(routes)))
+    ended = Ended(tenant="acme", model="smol", up_to=7)
+    door.reconfigure(DoorState(jwks=issuer.jwks, routes=tuple(routes), ended=(ended,)))
     headers = {"Authorization": f"Bearer {issuer.token()}"}
     transport = httpx.ASGITransport(door.app())
     return httpx.AsyncClient(transport=transport, base_url="http://door", headers=headers)
@@ -42,7 +43,10 @@ def http(issuer: Issuer) -> httpx.AsyncClient:
         ("/acme/smol/v3/v1/completions", 410, "key_gone", None),
         ("/acme/smol/v4/v1/completions", 503, "unavailable", "5"),
         ("/acme/smol/v4", 503, "unavailable", "5"),
-        ("/acme/smol/v9/v1/completions", 404, "not_found", None),
+        ("/acme/smol/v5/v1/completions", 410, "key_gone", None),
+        ("/acme/smol/v7/usage", 410, "key_gone", None),
+        ("/acme/smol/v8/v1/completions", 404, "not_found", None),
+        ("/acme/smol/v0/v1/completions", 404, "not_found", None),
         ("/acme/smol/v01/v1/completions", 404, "not_found", None),
         ("/acme/smol", 404, "not_found", None),
         ("/", 404, "not_found", None),

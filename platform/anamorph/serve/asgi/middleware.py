@@ -139,7 +139,12 @@ def check_status(status: str) -> None:
     if status == "suspended":
         raise errors.Forbidden("this key version is suspended; it may be resumed", code="suspended")
     if status == "gone":
-        raise errors.Gone("this key version is no longer served; ask for the current one", code="key_gone")
+        raise gone()
+
+
+def gone() -> errors.Gone:
+    """The refusal of a version that is retired, revoked or destroyed."""
+    return errors.Gone("this key version is no longer served; ask for the current one", code="key_gone")
 
 
 class KeyIdHeader:

@@ -18,12 +18,12 @@ from contextlib import suppress
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from anamorph.errors import Unavailable
+from anamorph.errors import ServiceError, Unavailable
 from anamorph.serve.asgi.answers import JSON, not_found
 from anamorph.serve.asgi.auth import OPERATOR, Caller, TokenVerifier, refused
 from anamorph.serve.asgi.connection import lifespan, relative_path, while_connected
 from anamorph.serve.asgi.forward import Forwarded
-from anamorph.serve.asgi.middleware import Answers, BodyLimit, check_status
+from anamorph.serve.asgi.middleware import Answers, BodyLimit, check_status, gone
 from anamorph.serve.door.affinity import Affinity
 from anamorph.serve.door.handles import Engines
 from anamorph.serve.door.relay import Relay
@@ -70,6 +70,7 @@ class Door:
         """Take over what the operator pushed."""
         self._verifier = TokenVerifier(state.jwks, self._clock)
         self._routes = {(r.tenant, r.model, r.version): r for r in state.routes}
+        self._ended = {(e.tenant, e.model): e.up_to for e in state.ended}
         self._engines.keep({r.app for r in state.routes if r.app is not None})
         self._tallies = {p: t for p, t in self._tallies.items() if p in self._routes or t.in_flight}
 
@@ -110,10 +111,15 @@ class Door:
             raise refused()
         route = self._routes.get(place)
         if route is None:
-            raise not_found()
+            raise self._unknown(place)
         if route.app is None:
             _check_state(route)
         return caller, route, match["rest"] or "/"
+
+    def _unknown(self, place: _Place) -> ServiceError:
+        """Why there is no route: it has ended, or never was."""
+        ended = 1 <= place[2] <= self._ended.get(place[:2], 0)
+        return gone() if ended else not_found()
 
     def _tally(self, route: Route) -> Tally:
         return self._tallies.setdefault((route.tenant, route.model, route.version), Tally(self._source))
