@@ -148,6 +148,43 @@ def test_models_of_before_are_served_by_the_defaults(migrator: Engine) -> None:
     assert columns_of(migrator, "model") == before
 
 
+def test_grants_of_before_are_for_a_single_piece(migrator: Engine) -> None:
+    """They stay current; the downgrade voids those of parts, of which a release of before knows nothing."""
+    schema.upgrade(migrator, "k004")
+    put(migrator, "tenant", "('acme', '', 't-1', '{}', '2030-01-01')")
+    put(
+        migrator,
+        "model",
+        "('acme', 'chat', 'b', 'rotate', 'torch', 'auto', 9, 9, '{}', 1, '2030-01-01')",
+        MODEL,
+    )
+    put(migrator, "key_version", "('acme', 'chat', 1, 'PENDING', 1, '2030-01-01', '2030-01-01', 0)", VERSION)
+    put(migrator, "release_grant", "('old', 'o', 'acme', 'chat', 1, '2030-01-01', '2030-01-01')", GRANT)
+    before = columns_of(migrator, "release_grant")
+    schema.upgrade(migrator)
+    new = {("parts", True), ("part", True), ("done", True)}
+    assert columns_of(migrator, "release_grant") == before | new
+    assert sql(migrator, "SELECT id, parts, part, done FROM release_grant") == [("old", 0, 0, 0.0)]
+    sql(migrator, "UPDATE release_grant SET part = 2, parts = 2")
+    for part in range(2):
+        more = f"('p{part}', 'p{part}', 'acme', 'chat', 1, '2030-01-01', '2030-01-01', {part}, 2)"
+        put(migrator, "release_grant", more, f"{GRANT}, part, parts")
+    schema.downgrade(migrator, "k004")
+    assert columns_of(migrator, "release_grant") == before
+    assert sql(migrator, "SELECT count(*) FROM release_grant WHERE voided_at IS NULL") == [(0,)]
+
+
+MODEL = (
+    "tenant, id, base, profile, engine, dtype, vocab_size, context_length, policy, last_version, created_at"
+)
+VERSION = "tenant, model, version, state, row_version, created_at, updated_at, served_tokens"
+GRANT = "id, hash, tenant, model, version, created_at, expires_at"
+
+
+def put(engine: Engine, table: str, values: str, columns: str = "") -> None:
+    sql(engine, f"INSERT INTO {table} {f'({columns})' if columns else ''} VALUES {values}")
+
+
 def columns_of(engine: Engine, table: str) -> set[tuple[str, bool]]:
     """Names, and whether each must have a value, from the catalogue."""
     query = {
