@@ -233,7 +233,7 @@ class Grant(Base, table=True):
     __tablename__: ClassVar[Any] = "release_grant"
     __table_args__ = _of_version(
         UniqueConstraint("hash"),
-        CheckConstraint("part BETWEEN 0 AND parts", name="part"),
+        CheckConstraint("part >= 0 AND part <= parts", name="part"),
         CheckConstraint("done BETWEEN 0 AND 1", name="done"),
         Index(
             "uq_release_grant_current",

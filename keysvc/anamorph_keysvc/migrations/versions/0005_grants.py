@@ -12,6 +12,12 @@ depends_on = None
 
 TABLE, INDEX = "release_grant", "uq_release_grant_current"
 PLACE = ["tenant", "model", "version"]
+# Each with its check, which SQLite adds to a table that stands only so.
+COLUMNS = (
+    "parts INTEGER DEFAULT '0' NOT NULL",
+    f"part INTEGER DEFAULT '0' NOT NULL CONSTRAINT ck_{TABLE}_part CHECK (part >= 0 AND part <= parts)",
+    f"done FLOAT DEFAULT '0' NOT NULL CONSTRAINT ck_{TABLE}_done CHECK (done BETWEEN 0 AND 1)",
+)
 CURRENT = sa.text("voided_at IS NULL")
 
 
@@ -24,12 +30,8 @@ def _index(*more: str) -> None:
 def upgrade() -> None:
     """Add the columns. Their defaults stay: a release of before that still runs names none of them."""
     op.drop_index(INDEX, TABLE)
-    with op.batch_alter_table(TABLE) as table:
-        table.add_column(sa.Column("parts", sa.Integer(), nullable=False, server_default="0"))
-        table.add_column(sa.Column("part", sa.Integer(), nullable=False, server_default="0"))
-        table.add_column(sa.Column("done", sa.Float(), nullable=False, server_default="0"))
-        table.create_check_constraint("part", "part BETWEEN 0 AND parts")
-        table.create_check_constraint("done", "done BETWEEN 0 AND 1")
+    for column in COLUMNS:
+        op.execute(f"ALTER TABLE {TABLE} ADD COLUMN {column}")
     _index("part")
 
 
@@ -37,9 +39,6 @@ def downgrade() -> None:
     """Void the grants of parts, whose jobs a release of before does not know, and drop the columns."""
     op.execute(f"UPDATE {TABLE} SET voided_at = created_at WHERE parts > 0 AND voided_at IS NULL")  # noqa: S608 - constants
     op.drop_index(INDEX, TABLE)
-    with op.batch_alter_table(TABLE) as table:
-        table.drop_constraint("done", type_="check")
-        table.drop_constraint("part", type_="check")
-        for name in ("done", "part", "parts"):
-            table.drop_column(name)
+    for column in reversed(COLUMNS):
+        op.drop_column(TABLE, column.partition(" ")[0])
     _index()
