@@ -237,16 +237,24 @@ class Operation(Base, table=True):
 
 
 class Grant(Base, table=True):
-    """Permission to read one root once; at most one per version is not void."""
+    """Permission to read one root once; at most one for each part of a version is not void.
+
+    ``part`` is 0 to ``parts`` - 1 for a job that folds that part, and ``parts`` for the one
+    that finishes. A materialisation in a single piece has 0 parts, so its one job finishes.
+    ``done``, 0 to 1, is how far a part says it is.
+    """
 
     __tablename__: ClassVar[Any] = "release_grant"
     __table_args__ = _of_version(
         UniqueConstraint("hash"),
+        CheckConstraint("part >= 0 AND part <= parts", name="part"),
+        CheckConstraint("done BETWEEN 0 AND 1", name="done"),
         Index(
             "uq_release_grant_current",
             "tenant",
             "model",
             "version",
+            "part",
             unique=True,
             sqlite_where=_CURRENT,
             postgresql_where=_CURRENT,
@@ -262,6 +270,9 @@ class Grant(Base, table=True):
     expires_at: datetime = Field(sa_type=UtcDateTime)
     used_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     voided_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    parts: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
+    part: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
+    done: float = Field(default=0.0, sa_column_kwargs={"server_default": "0"})
 
 
 class Usage(Base, table=True):

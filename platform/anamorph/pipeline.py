@@ -15,7 +15,7 @@ from pathlib import Path
 from anamorph import checkpoint
 from anamorph.checkpoint import MAX_SHARD_SIZE, FoldReport
 from anamorph.checkpoint.probe import make_probe
-from anamorph.errors import ReplicaRefused
+from anamorph.errors import ReplicaExists, ReplicaRefused
 from anamorph.keys import TenantKey
 from anamorph.replica import Identity, ReplicaManifest, Store, fetch, keyed_tag, seal, verify
 from anamorph.replica.location import local_path
@@ -41,6 +41,7 @@ def make_replica(
     device: str = "cpu",
     max_shard_size: int = MAX_SHARD_SIZE,
     workers: int = 1,
+    parts: int = 0,
     progress: Progress = _silent,
 ) -> Materialized:
     """Make a replica of ``base`` under ``key``, publish it as ``name``, and return what to report.
@@ -56,17 +57,22 @@ def make_replica(
         device: torch device of the products.
         max_shard_size: bytes of a shard.
         workers: processes that fold; the bytes are the same with any number.
+        parts: into how many ``make_part`` has divided the fold, which is then only finished here.
         progress: told what is being done.
 
     Raises:
         UnsupportedModel: no table covers the base.
         CheckpointError: the base cannot be read.
+        FoldInterrupted: a part is missing.
         MaterializationError: the replica does not compute what the base computes.
         ReplicaRefused: ``name`` is taken by something that this key has not made.
     """
     folded = scratch / "replica"
     if not store.exists(name):
-        if not _finished(folded, key):
+        ready = _finished(folded, key)
+        if not ready and parts:
+            _join(base, folded, key, profile, parts, max_shard_size, progress)
+        elif not ready:
             fold(
                 base,
                 folded,
@@ -85,6 +91,54 @@ def make_replica(
     progress("probe", 0.0)
     probe = make_probe(_at_hand(store.url_of(name), folded, key), dtype=dtype, device=device)
     return Materialized(replica=store.url_of(name), manifest_sha256=manifest.sha256(), probe=probe)
+
+
+def make_part(
+    base: Path,
+    store: Store,
+    name: str,
+    key: TenantKey,
+    profile: Profile = "rotate",
+    *,
+    scratch: Path,
+    index: int,
+    of: int,
+    device: str = "cpu",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Progress = _silent,
+) -> int:
+    """Make part ``index`` of ``of`` of the replica that ``make_replica`` with ``parts=of`` finishes.
+
+    ``scratch`` is a folder that all parts and the one who finishes share. Repeated, a part goes on from
+    its finished files; when the replica is there already, nothing is left to do.
+
+    Returns:
+        Files that this call has written.
+
+    Raises:
+        UnsupportedModel: no table covers the base.
+        CheckpointError: the base cannot be read, parts of another fold lie there, or it is being finished.
+        ReplicaRefused: a replica lies there that this key has not made.
+    """
+    folded = scratch / "replica"
+    if store.exists(name):
+        verify(store.url_of(name), key.public_key(), key_id=key.id)
+        return 0
+    try:
+        return checkpoint.fold_part(
+            base,
+            folded,
+            key,
+            profile,
+            index=index,
+            of=of,
+            device=device,
+            max_shard_size=max_shard_size,
+            progress=lambda done, total: progress("fold", done / total if total else 1.0),
+        )
+    except ReplicaExists:  # it has been finished, perhaps just now
+        verify(folded, key.public_key(), key_id=key.id)
+        return 0
 
 
 def fold(
@@ -107,11 +161,6 @@ def fold(
         CheckpointError: the base cannot be read.
         ReplicaExists: ``out`` exists.
     """
-
-    def finish(staging: Path, report: FoldReport) -> None:
-        progress("manifest", 0.0)
-        seal(staging, _identity(key, report), key.sign)
-
     checkpoint.fold(
         base,
         out,
@@ -121,9 +170,33 @@ def fold(
         max_shard_size=max_shard_size,
         workers=workers,
         progress=lambda done, total: progress("fold", done / total),
-        finish=finish,
+        finish=_sealing(key, progress),
     )
     return verify(out, key.public_key(), key_id=key.id)
+
+
+def _join(
+    base: Path,
+    out: Path,
+    key: TenantKey,
+    profile: Profile,
+    parts: int,
+    max_shard_size: int,
+    progress: Progress,
+) -> None:
+    """Sign what others have folded."""
+    progress("join", 0.0)
+    checkpoint.join_parts(
+        base, out, key, profile, of=parts, max_shard_size=max_shard_size, finish=_sealing(key, progress)
+    )
+
+
+def _sealing(key: TenantKey, progress: Progress) -> Callable[[Path, FoldReport], None]:
+    def finish(staging: Path, report: FoldReport) -> None:
+        progress("manifest", 0.0)
+        seal(staging, _identity(key, report), key.sign)
+
+    return finish
 
 
 def _identity(key: TenantKey, report: FoldReport) -> Identity:

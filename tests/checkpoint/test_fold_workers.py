@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from anamorph.checkpoint import fold, fold_part
+from anamorph.checkpoint import fold, fold_part, join_parts
 from anamorph.checkpoint.work import parted, prepare
 from anamorph.cli.smollm2 import fetch_smollm2
 from anamorph.errors import CheckpointError, FoldInterrupted, InvalidKey, UnsupportedModel
@@ -252,6 +252,39 @@ def test_parts_of_another_fold_are_refused(make_tiny: Make, key: TenantKey, tmp_
         fold_part(base, out, other, index=1, of=2, max_shard_size=SHARD)
     with pytest.raises(CheckpointError, match="another fold"):
         fold_part(base, out, key, index=1, of=2, max_shard_size=SHARD // 2)
+
+
+def test_joined_parts_are_what_one_fold_makes(make_tiny: Make, key: TenantKey, tmp_path: Path) -> None:
+    """Without one of them nothing is published and it is named; with all, the bytes of one process."""
+    base, out = make_tiny("llama"), tmp_path / "out" / "replica"
+    with pytest.raises(FoldInterrupted, match="part 0 of 2 is not made"):
+        join_parts(base, out, key, of=2, max_shard_size=SHARD)
+    written = fold_part(base, out, key, index=0, of=2, max_shard_size=SHARD)
+    with pytest.raises(FoldInterrupted, match="part 1 of 2 is not made"):
+        join_parts(base, out, key, of=2, max_shard_size=SHARD)
+    assert fold_part(base, out, key, index=0, of=2, max_shard_size=SHARD) == 0
+    written += fold_part(base, out, key, index=1, of=2, max_shard_size=SHARD)
+    assert join_parts(base, out, key, of=2, max_shard_size=SHARD).resumed == written
+    fold(base, tmp_path / "straight", key, max_shard_size=SHARD)
+    assert contents(out) == contents(tmp_path / "straight")
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_parts_of_another_key_are_not_joined(make_tiny: Make, key: TenantKey, tmp_path: Path) -> None:
+    """They are refused by name and stay; so they do when finishing fails."""
+    base, out = make_tiny("llama"), tmp_path / "replica"
+    fold_part(base, out, key, index=0, of=1, max_shard_size=SHARD)
+    other = TenantKey.from_root(bytes(32), "acme", "tiny", 1)
+    with pytest.raises(CheckpointError, match="another fold"):
+        join_parts(base, out, other, of=1, max_shard_size=SHARD)
+
+    def fail(_folder: Path, _report: object) -> None:
+        raise OSError("no room")
+
+    with pytest.raises(CheckpointError, match="no room"):
+        join_parts(base, out, key, of=1, max_shard_size=SHARD, finish=fail)
+    assert not out.exists()
+    assert join_parts(base, out, key, of=1, max_shard_size=SHARD).resumed > 1
 
 
 def test_nothing_is_finished_while_a_part_is_made(make_tiny: Make, key: TenantKey, tmp_path: Path) -> None:

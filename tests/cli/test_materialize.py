@@ -53,8 +53,8 @@ class Remembering(KeyService):
 
     root = b""
 
-    def release(self, *args: Any) -> ReleaseRead:
-        released = super().release(*args)
+    def release(self, *args: Any, **options: Any) -> ReleaseRead:
+        released = super().release(*args, **options)
         self.root = released.material()
         return released
 

@@ -119,8 +119,10 @@ class World:
     def release_to_client(self, tenant: str, model: str, version: int) -> ReleaseRead:
         return release.to_client(self.service, Caller("test", Role.CLIENT, tenant), (tenant, model, version))
 
-    def release_to_job(self, holder: GrantHolder, tenant: str, model: str, version: int) -> ReleaseRead:
-        return release.to_job(self.service, holder, (tenant, model, version))
+    def release_to_job(
+        self, holder: GrantHolder, tenant: str, model: str, version: int, part: int | None = None
+    ) -> ReleaseRead:
+        return release.to_job(self.service, holder, (tenant, model, version), part)
 
     def model(self, tenant: str = "acme", model: str = "chat", **policy: Any) -> None:
         with self.service.database.read(PLATFORM) as session:

@@ -302,6 +302,8 @@ REFUSED_BY_THE_DATABASE = {
         "UPDATE release_grant SET voided_at = NULL, version = 2 WHERE model = 'chat'",
         "UNIQUE constraint failed: release_grant|uq_release_grant_current",
     ),
+    "a part beyond the last": ("UPDATE release_grant SET part = 3, parts = 2", "ck_release_grant_part"),
+    "more than all of a part": ("UPDATE release_grant SET done = 1.5", "ck_release_grant_done"),
     "a signing key that is kept for ever": (
         "UPDATE signing_key SET retired_at = created_at",
         "ck_signing_key_erased",

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlmodel import col, select
 
 from anamorph import errors
-from anamorph.wire.admin import Activation, Failure, RotationPolicyPatch, UsageReport
+from anamorph.wire.admin import Activation, Failure, GrantCreate, RotationPolicyPatch, UsageReport
 from anamorph.wire.audit import first_break
 from anamorph.wire.states import State
 from anamorph_keysvc import audit
@@ -34,6 +34,7 @@ S = State
 AT = ("acme", "chat")
 GRACE = 60
 MOSTLY, CHOICE = 6, st.integers(0, 7)
+PARTS = 2
 # State → states that each verb may be called in. Written from the design, not from the code.
 ADMITTED: dict[str, set[State]] = {
     "suspend": {S.ACTIVE, S.DRAINING},
@@ -45,6 +46,9 @@ ADMITTED: dict[str, set[State]] = {
 CALLS = (
     "rotate",
     "materialize",
+    "begin_in_parts",
+    *["take_a_part"] * 2,
+    *["work_on_a_part"] * 2,
     "work_under_the_grant",
     *["carry_on"] * 2,
     *["carry_on_for_long"] * 4,
@@ -78,6 +82,9 @@ class Known:
     tokens: dict[str, int] = field(default_factory=dict)
     grant: str | None = None
     grant_used: bool = False
+    parts: int = 0
+    parts_grants: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    void: list[tuple[str, int]] = field(default_factory=list)
 
     def goes(self, state: State) -> None:
         self.state = state
@@ -152,17 +159,54 @@ class KeyLife(RuleBasedStateMachine):
             assert answer.version == len(self.known) + 1
             self.known[answer.version] = Known()
 
-    def materialize(self, choice: int) -> None:
+    def materialize(self, choice: int, parts: int = 0) -> None:
         version = self.pick(choice, S.PENDING, S.MATERIALIZING)
         if version is None:
             return
         known = self.known[version]
         allowed = known.state in {S.PENDING, S.MATERIALIZING}
-        answer = self.expect(allowed, materialization.materialize, *AT, version, None)
+        wanted = GrantCreate(parts=parts or None)
+        answer = self.expect(allowed, materialization.materialize, *AT, version, None, wanted)
         if answer is not None:
             if known.state is S.PENDING:
                 known.goes(S.MATERIALIZING)
-            known.grant, known.grant_used = answer.secret, False
+            known.void += [(secret, part) for part, (secret, _) in known.parts_grants.items()]
+            known.grant, known.grant_used, known.parts, known.parts_grants = answer.secret, False, parts, {}
+
+    def begin_in_parts(self, choice: int) -> None:
+        self.materialize(choice, PARTS)
+
+    def take_a_part(self, choice: int) -> None:
+        version = self.pick(choice, S.MATERIALIZING)
+        if version is None:
+            return
+        known, part = self.known[version], choice % PARTS
+        allowed = known.state is S.MATERIALIZING and known.parts == PARTS
+        wanted = GrantCreate(parts=PARTS, part=part)
+        answer = self.expect(allowed, materialization.materialize, *AT, version, None, wanted)
+        if answer is not None:
+            if part in known.parts_grants:
+                known.void.append((known.parts_grants[part][0], part))
+            known.parts_grants[part] = answer.secret, False
+
+    def work_on_a_part(self, choice: int) -> None:
+        """Release to a part; one that was started again, and one whose grant is void, get nothing."""
+        version = self.pick(choice, S.MATERIALIZING)
+        if version is None:
+            return
+        known = self.known[version]
+        for part, (secret, used) in known.parts_grants.items():
+            good = known.state is S.MATERIALIZING and not used
+            if self.release_to(version, secret, part, good) is not None:
+                known.parts_grants[part] = secret, True
+        for secret, part in known.void[-PARTS:]:
+            self.release_to(version, secret, part, False)
+
+    def release_to(self, version: int, secret: str, part: int | None, allowed: bool) -> Any:
+        holder = self.world.holder(secret)
+        return self.expect_call(
+            allowed, lambda: self.world.release_to_job(holder, *AT, version, part), "release to a job"
+        )
 
     def work_under_the_grant(self, choice: int, step: str | None = None) -> None:
         step = step or ("release", "stage", "fail")[choice % 3]
@@ -172,12 +216,8 @@ class KeyLife(RuleBasedStateMachine):
         known, holder = self.known[version], self.world.holder(self.known[version].grant or "")
         running = known.state is S.MATERIALIZING
         if step == "release":
-            answer = self.expect_call(
-                running and not known.grant_used,
-                lambda: self.world.release_to_job(holder, *AT, version),
-                "release to a job",
-            )
-            known.grant_used |= answer is not None
+            allowed = running and not known.grant_used
+            known.grant_used |= self.release_to(version, known.grant or "", None, allowed) is not None
         elif step == "stage":
             again = known.state not in {S.PENDING, S.MATERIALIZING} and self.staged_once(version)
             allowed = again or (running and known.grant_used)

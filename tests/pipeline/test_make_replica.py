@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from anamorph.errors import MaterializationError, ReplicaRefused, UnknownTensor
 from anamorph.keys import TenantKey
-from anamorph.pipeline import fold, make_replica
+from anamorph.pipeline import fold, make_part, make_replica
 from anamorph.replica import Identity, Store, seal, verify
 
 NAME = "acme/tiny/v1"
@@ -55,6 +56,24 @@ def test_finished_but_unpublished_work_is_taken_up(
     )
     assert made.manifest_sha256 == folded.sha256()
     assert phases == ["compare", "publish", "probe"]
+
+
+def test_parts_are_finished_as_a_whole_replica_is(
+    base: Path, key: TenantKey, store: Store, tmp_path: Path
+) -> None:
+    """The same manifest as by one fold; and a part that comes late finds nothing left to do."""
+    where: Any = {"scratch": tmp_path / "scratch", "max_shard_size": 10_000}
+    written = [make_part(base, store, NAME, key, index=index, of=2, **where) for index in (1, 0)]
+    made = make_replica(base, store, NAME, key, parts=2, **where)
+    whole = fold(base, tmp_path / "whole", key, max_shard_size=10_000)
+    assert min(written) > 0
+    assert made.manifest_sha256 == whole.sha256()
+    assert make_part(base, store, NAME, key, index=0, of=2, **where) == 0
+    store.delete(NAME)
+    assert make_part(base, store, NAME, key, index=0, of=2, **where) == 0
+    other = TenantKey.from_root(b"o" * 32, "acme", "tiny", 1)
+    with pytest.raises(ReplicaRefused):
+        make_part(base, store, NAME, other, index=0, of=2, **where)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "unsigned", "other key"])

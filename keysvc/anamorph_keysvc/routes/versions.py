@@ -10,6 +10,7 @@ from anamorph.wire import sealed
 from anamorph.wire.admin import (
     Activation,
     Failure,
+    GrantCreate,
     GrantRead,
     KeyVersionRead,
     Materialized,
@@ -120,9 +121,9 @@ def destroyed(_: Platform, at: At, do: Do, response: Response) -> KeyVersionRead
 
 
 @router.post("/{version:int}:materialize")
-def materialize(_: PlatformOrMaterializer, at: At, do: Do) -> GrantRead:
-    """A grant to read the root once; an older one is void. Takes no Idempotency-Key."""
-    return do.secret(lambda work: materialization.materialize(work, *at, do.expected))
+def materialize(_: PlatformOrMaterializer, at: At, do: Do, body: GrantCreate | None = None) -> GrantRead:
+    """A grant to read the root once, also for one part; an older one is void. Takes no Idempotency-Key."""
+    return do.secret(lambda work: materialization.materialize(work, *at, do.expected, body))
 
 
 @router.post(
@@ -137,7 +138,7 @@ def release_key(
     do.refuse_key()
     with observer.release(body.purpose):
         if body.purpose == "materialize":
-            answer = release.to_job(do.service, _holder(caller), at)
+            answer = release.to_job(do.service, _holder(caller), at, body.part)
         else:
             _no_grant(caller)
             answer = release.to_client(do.service, caller, at)

@@ -14,10 +14,9 @@ from anamorph.wire.admin import ReleaseRead
 from anamorph.wire.states import CLIENT_RELEASE, State
 from anamorph_keysvc.credentials import Caller, GrantHolder
 from anamorph_keysvc.scope import scope_of
-from anamorph_keysvc.service import lookup
+from anamorph_keysvc.service import grants, lookup
 from anamorph_keysvc.service.lookup import Releasable
 from anamorph_keysvc.service.material import key_of
-from anamorph_keysvc.service.materialization import current_grant
 from anamorph_keysvc.service.transition import subject, wrong_state
 from anamorph_keysvc.service.work import Service
 from anamorph_keysvc.tables import Grant, KeyVersion
@@ -68,24 +67,29 @@ def _kept(service: Service, row: Releasable) -> TenantKey | None:
     return None if root is None else key_of(root, row)
 
 
-def to_job(service: Service, holder: GrantHolder, at: tuple[str, str, int]) -> ReleaseRead:
-    """The root, once, to the current grant of a version in MATERIALIZING.
+def to_job(
+    service: Service, holder: GrantHolder, at: tuple[str, str, int], part: int | None = None
+) -> ReleaseRead:
+    """The root, once, to a current grant of a version in MATERIALIZING.
+
+    ``part`` is what the asking job folds, ``None`` for one that finishes.
 
     Raises:
-        Conflict: any other state, or the grant is void, used or expired.
+        Conflict: any other state, or the grant is void, used, expired or another part's.
         Unavailable: the key-management service does not answer; the grant is as good as before.
     """
     scope = scope_of(holder.tenant)
     with service.database.read(scope) as session:
-        row = _for_job(session, holder, at, service.clock())[0]
+        row = _for_job(session, holder, at, part, service.clock())[0]
         kek = lookup.tenant(session, row.tenant).kek
     root, _ = opened(service, row, kek)
     with service.work(f"grant:{holder.id}", scope) as work:
-        row, grant = _for_job(work.session, holder, at, work.now)
+        row, grant = _for_job(work.session, holder, at, part, work.now)
         grant.used_at = work.now
         work.session.add(grant)
         model = lookup.model(work.session, row.tenant, row.model, lock=False)
-        work.record(row.tenant, "release", subject(row), purpose="materialize", grant=grant.id)
+        job = grants.in_audit(grant.parts, part)
+        work.record(row.tenant, "release", subject(row), purpose="materialize", grant=grant.id, **job)
         return _answer(row, model.vocab_size, "materialize", root, grant.expires_at)
 
 
@@ -95,10 +99,11 @@ def _check_client(row: KeyVersion | Releasable) -> None:
 
 
 def _for_job(
-    session: Session, holder: GrantHolder, at: tuple[str, str, int], now: datetime
+    session: Session, holder: GrantHolder, at: tuple[str, str, int], part: int | None, now: datetime
 ) -> tuple[KeyVersion, Grant]:
-    grant = current_grant(session, holder, *at)
     row = lookup.version(session, *at)
+    grant = grants.of_holder(session, holder, row)
+    grants.require_part(grant, part)
     if row.state is not State.MATERIALIZING:
         raise wrong_state(row, "release")
     if grant.used_at is not None:

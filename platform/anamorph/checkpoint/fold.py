@@ -8,10 +8,11 @@ from pathlib import Path
 
 from anamorph.checkpoint.evaluate import Evaluator
 from anamorph.checkpoint.reader import CONFIG, GENERATION_CONFIG
-from anamorph.checkpoint.staging import joined, refuse_existing, staged
+from anamorph.checkpoint.staging import gathered, joined, refuse_existing, staged
 from anamorph.checkpoint.work import Count, parted, prepare, tensor_bytes, write_shards
 from anamorph.checkpoint.workers import orders, write_by_workers
 from anamorph.checkpoint.writer import Shard, write_index, write_json
+from anamorph.errors import FoldInterrupted
 from anamorph.keys import TenantKey
 from anamorph.plan import Profile, TransformPlan
 
@@ -144,6 +145,49 @@ def fold_part(
         count = _counter(tensor_bytes(todo), tensor_bytes(part), progress or _silent)
         write_shards(folder, todo, Evaluator(work.checkpoint, work.plan, device), count)
     return len(todo)
+
+
+def join_parts(
+    base: Path,
+    out: Path,
+    key: TenantKey,
+    profile: Profile = "rotate",
+    *,
+    of: int,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    finish: Finish | None = None,
+) -> FoldReport:
+    """Publish as ``out`` what ``fold_part`` has made for it in ``of`` parts; nothing is folded here.
+
+    ``finish`` as in ``fold``. Whatever fails, the parts stay.
+
+    Raises:
+        FoldInterrupted: a part is missing or not whole, which the message names.
+        CheckpointError: a part is still being made, the parts are of another base, key or
+            layout, or a file cannot be read or written.
+        UnsupportedModel, ReplicaExists: as ``fold``.
+    """
+    base, out = Path(base), Path(out)
+    refuse_existing(out)
+    work = prepare(base, key, profile, max_shard_size)
+    digest = work.checkpoint.digest()
+    with gathered(out, work.binding(key, digest)) as folder:
+        for index, part in enumerate(parted(work.shards, of)):
+            _check_made(folder, part, f"part {index} of {of}")
+        resumed = _finished(folder, work.shards)
+        _write_configs(folder, work.plan, work.shards)
+        report = FoldReport(work.plan, digest, tensor_bytes(work.shards), len(resumed))
+        if finish is not None:
+            finish(folder, report)
+    return report
+
+
+def _check_made(folder: Path, part: tuple[Shard, ...], name: str) -> None:
+    missing = [shard.name for shard in part if not _is_finished(folder, shard)]
+    if missing:
+        raise FoldInterrupted(
+            f"{name} is not made: {missing[0]} is missing; run that part again, then finish"
+        )
 
 
 def _silent(done: int, total: int) -> None:

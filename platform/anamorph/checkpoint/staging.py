@@ -65,6 +65,28 @@ def joined(out: Path, binding: str) -> Iterator[Path]:
             raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
+@contextmanager
+def gathered(out: Path, binding: str) -> Iterator[Path]:
+    """Yield the folder that parts have filled through ``joined``; publish it as ``out`` at the end.
+
+    Unlike in ``staged`` an error leaves what is there: it has cost others their time.
+
+    Raises:
+        ReplicaExists: ``out`` exists.
+        CheckpointError: a part is still being made, parts of another fold lie there,
+            or a file cannot be written.
+    """
+    folder = _beside(out)
+    with _locked(folder):
+        try:
+            content = _shared(folder, binding)
+            yield content
+            _publish(content, out)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
+        shutil.rmtree(folder)
+
+
 def _beside(out: Path) -> Path:
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,7 @@ COMMANDS = {
     "capacity": Entry("Show what the cluster has left, and whether a model fits.", "capacity"),
     "canary": Entry("Measure encrypted against plaintext serving, continuously.", "canary"),
     "materialize": Entry("Run one materialisation job.", "materialize", "materialize", hidden=True),
+    "parts": Entry("Materialise in parts, one job for each.", "parts", "materialize", hidden=True),
 }
 
 

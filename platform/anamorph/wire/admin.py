@@ -38,6 +38,7 @@ Int = Annotated[int, Field(strict=True)]
 Real = Annotated[float, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53 - 1)]
 LONGEST_S = 10 * 366 * 86400
+MOST_PARTS = 1024
 
 T = TypeVar("T")
 
@@ -324,6 +325,24 @@ class Progress(Message):
     done: Real = Field(ge=0, le=1)
 
 
+class GrantCreate(Message):
+    """Which grant of a materialisation is wanted; nothing of it for one in a single piece.
+
+    With ``parts`` a materialisation begins, or begins anew, that is folded in so many parts; the
+    grant is that of the job that finishes. With ``part`` too, 0 to ``parts`` - 1, it is that
+    part's, of the materialisation that has begun.
+    """
+
+    parts: Int | None = Field(default=None, ge=1, le=MOST_PARTS)
+    part: Int | None = Field(default=None, ge=0, le=MOST_PARTS - 1)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.part is not None and self.part >= (self.parts or 0):
+            raise ValueError("a part is 0 to parts - 1")
+        return self
+
+
 class GrantRead(Message):
     """A single-use permission to read one root. ``secret`` is shown once."""
 
@@ -354,10 +373,20 @@ RecipientKey = Annotated[
 
 
 class ReleaseRequest(Message):
-    """``recipient`` is the raw X25519 public key to seal the answer to; see ``wire.sealed``."""
+    """``recipient`` is the raw X25519 public key to seal the answer to; see ``wire.sealed``.
+
+    ``part`` is the part that the asking job folds, which must be its grant's; absent for any other job.
+    """
 
     purpose: Literal["client", "materialize"]
     recipient: RecipientKey | None = None
+    part: Int | None = Field(default=None, ge=0, le=MOST_PARTS - 1)
+
+    @model_validator(mode="after")
+    def _part_of_a_materialisation(self) -> Self:
+        if self.part is not None and self.purpose != "materialize":
+            raise ValueError("only a materialisation has parts")
+        return self
 
 
 class ReleaseRead(Message):

@@ -215,7 +215,15 @@ def on_version(
     return post_plain(version_path(tenant, model, version, verb), answer, body, repeatable=repeatable)
 
 
-def release(recipient: Recipient) -> Call[admin.ReleaseRead]:
+def materialize(
+    tenant: str, model: str, version: int, parts: int | None, part: int | None
+) -> Call[admin.GrantRead]:
+    """Ask for a grant; asked again, the older one is void."""
+    body = None if parts is None and part is None else admin.GrantCreate(parts=parts, part=part)
+    return on_version(tenant, model, version, "materialize", admin.GrantRead, body, repeatable=True)
+
+
+def release(recipient: Recipient, part: int | None = None) -> Call[admin.ReleaseRead]:
     """Ask for key material, sealed to ``recipient``; a root is released once, so never asked for twice."""
     return on_version(
         recipient.tenant,
@@ -223,7 +231,7 @@ def release(recipient: Recipient) -> Call[admin.ReleaseRead]:
         recipient.version,
         "release",
         admin.ReleaseRead,
-        admin.ReleaseRequest(purpose=recipient.purpose, recipient=recipient.public),
+        admin.ReleaseRequest(purpose=recipient.purpose, recipient=recipient.public, part=part),
         repeatable=recipient.purpose == "client",
     )
 

@@ -229,21 +229,28 @@ class KeyService:
         """DESTROY_SCHEDULED to DESTROYED; erases the root's ciphertext. Conflict before ``destroy_at``."""
         return self._send(calls.transition(tenant, model, version, "destroyed", if_match))
 
-    def materialize(self, tenant: str, model: str, version: int) -> GrantRead:
-        """Issue the materialisation grant; an older grant of this version is void from then on."""
-        return self._send(calls.on_version(tenant, model, version, "materialize", GrantRead, repeatable=True))
+    def materialize(
+        self, tenant: str, model: str, version: int, *, parts: int | None = None, part: int | None = None
+    ) -> GrantRead:
+        """Issue a materialisation grant; every older grant of this version is void from then on.
 
-    def release(self, tenant: str, model: str, version: int, purpose: Purpose) -> ReleaseRead:
+        With ``part``, 0 to ``parts`` - 1, it is that part's, and only that part's older grant is void.
+        """
+        return self._send(calls.materialize(tenant, model, version, parts, part))
+
+    def release(
+        self, tenant: str, model: str, version: int, purpose: Purpose, *, part: int | None = None
+    ) -> ReleaseRead:
         """Key material: the vocab subkey for ``client``, the root, once, for ``materialize``.
 
-        It crosses the network sealed to a key of this one call.
+        It crosses the network sealed to a key of this one call. ``part`` is that of a part's grant.
 
         Raises:
             InvalidKey: the answer is not sealed.
             KeyMismatch: the answer is about another key, or does not open.
         """
         recipient = Recipient.generate(tenant, model, version, purpose)
-        return recipient.open(self._send(calls.release(recipient)))
+        return recipient.open(self._send(calls.release(recipient, part)))
 
     def progress(self, tenant: str, model: str, version: int, progress: Progress) -> OperationRead:
         """Report how far the materialisation is; with the grant."""

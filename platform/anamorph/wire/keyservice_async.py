@@ -200,14 +200,16 @@ class AsyncKeyService:
     ) -> KeyVersionRead:
         return await self._send(calls.transition(tenant, model, version, "destroyed", if_match))
 
-    async def materialize(self, tenant: str, model: str, version: int) -> GrantRead:
-        return await self._send(
-            calls.on_version(tenant, model, version, "materialize", GrantRead, repeatable=True)
-        )
+    async def materialize(
+        self, tenant: str, model: str, version: int, *, parts: int | None = None, part: int | None = None
+    ) -> GrantRead:
+        return await self._send(calls.materialize(tenant, model, version, parts, part))
 
-    async def release(self, tenant: str, model: str, version: int, purpose: Purpose) -> ReleaseRead:
+    async def release(
+        self, tenant: str, model: str, version: int, purpose: Purpose, *, part: int | None = None
+    ) -> ReleaseRead:
         recipient = Recipient.generate(tenant, model, version, purpose)
-        return recipient.open(await self._send(calls.release(recipient)))
+        return recipient.open(await self._send(calls.release(recipient, part)))
 
     async def progress(self, tenant: str, model: str, version: int, progress: Progress) -> OperationRead:
         return await self._send(
