@@ -72,7 +72,10 @@ def _speaker() -> Say:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def say(message: dict[str, Any]) -> None:
-        os.write(channel, json.dumps(message).encode() + b"\n")
+        try:
+            os.write(channel, json.dumps(message).encode() + b"\n")
+        except BrokenPipeError:  # the caller has ended, and nobody is left to be told
+            os._exit(1)
 
     return say
 
