@@ -28,7 +28,7 @@ import numpy as np
 
 import anamorph
 from anamorph import telemetry
-from anamorph.cli.smollm2 import fetch_smollm2
+from anamorph.cli.machine.model import default_model
 from anamorph.errors import TooManyRequests
 from anamorph.keys import TenantKey
 from anamorph.serve.applications.pool import open_backend
@@ -184,11 +184,11 @@ def fake_members() -> list[PoolMember]:
 
 
 def real_members(folder: Path) -> list[PoolMember]:
-    """Two tenants of SmolLM2, folded into ``folder``."""
+    """Two tenants of SmolLM2, folded into ``folder``; in float32, for a CPU is slow in bfloat16."""
     made = []
     for name in (QUIET, NOISY):
         key = TenantKey.generate(name, "smol", 1)
-        manifest = anamorph.fold(fetch_smollm2(), folder / name, key)
+        manifest = anamorph.fold(default_model("float32", print), folder / name, key)
         anchor = b64encode(key.public_key()).decode()
         made.append(member(name, str(folder / name), key.id, anchor, manifest.sha256()))
     return made
