@@ -5,6 +5,7 @@ One of each per test process: with pytest-xdist each worker has its own, on port
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,11 @@ def production(
 
     with running_production(tmp_path, postgres_server, vault_server) as made:
         yield made
+
+
+def pytest_configure() -> None:
+    """Children of the tests hear Ctrl-C: what a shell starts in the background inherits that it does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # These measure time and memory, count processes, or start Ray: not two at once on two cores.

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -131,38 +131,26 @@ if __name__ == "__main__":
 """
 
 
-def ended_while_folding(
-    base: Path, out: Path, how: signal.Signals
-) -> tuple[list[psutil.Process], int, bytes]:
-    """Fold in a process, end it once it has two workers: those, its exit status, what it said."""
-    caller = subprocess.Popen(
-        [sys.executable, "-c", FOLDING, base, out], start_new_session=True, stderr=subprocess.PIPE
-    )
-    with caller:
-        found: list[psutil.Process] = []
-        while len(found) < 2 and caller.poll() is None:
-            found = workers_of(caller.pid)
-            time.sleep(0.005)
-        with suppress(ProcessLookupError):  # it has ended already
-            (os.killpg if how is signal.SIGINT else os.kill)(caller.pid, how)
-        _, err = caller.communicate()
-    return found, caller.returncode, err
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_caller(
     how: signal.Signals, make_tiny: Make, key: TenantKey, tmp_path: Path
 ) -> None:
     """Ctrl-C for the whole group, or kill -9 of the caller: the workers end, and the work resumes."""
-    base = make_tiny("llama")
-    # On a busy machine a fold may be whole before two workers are seen: then there was nothing to end.
-    for attempt in range(5):
-        out = tmp_path / f"out-{attempt}" / "replica"
-        found, status, err = ended_while_folding(base, out, how)
-        if status != 0:
-            break
-    assert status == -how
-    assert err.count(b"Traceback") == (how is signal.SIGINT), err.decode()
+    base, out = make_tiny("llama"), tmp_path / "out" / "replica"
+    caller = subprocess.Popen(
+        [sys.executable, "-c", FOLDING, base, out], start_new_session=True, stderr=subprocess.PIPE
+    )
+    with caller:
+        while len(found := workers_of(caller.pid)) < 2:
+            assert caller.poll() is None
+            time.sleep(0.005)
+        if how is signal.SIGINT:
+            os.killpg(caller.pid, how)
+        else:
+            caller.kill()
+        _, err = caller.communicate()
+        assert caller.returncode == -how
+        assert err.count(b"Traceback") == (how is signal.SIGINT), err.decode()
     gone, alive = psutil.wait_procs(found, timeout=60)
     assert len(gone) == 2
     assert not alive

@@ -52,8 +52,8 @@ class Collector:
 
     def spans(self) -> list[Span]:
         """All spans so far."""
-        lines = (self.folder / "traces.jsonl").read_text().splitlines()
-        return [span for line in lines for span in _spans(json.loads(line))]
+        whole, _, _being_written = (self.folder / "traces.jsonl").read_text().rpartition("\n")
+        return [span for line in whole.splitlines() for span in _spans(json.loads(line))]
 
     def metrics(self) -> str:
         """The page as Prometheus would scrape it."""
