@@ -96,7 +96,7 @@ def model(request: pytest.FixtureRequest, settled: Any, answer: Answer) -> Model
     """A model that is served in one of the ways, its first version active."""
     name: str = request.param
     with settled.keys() as keys:
-        known = keys.get_model(TENANT, MODEL).model_dump(exclude={"tenant", "created_at"})
+        known = keys.get_model(TENANT, MODEL).model_dump(include=set(ModelCreate.model_fields))
         keys.create_model(TENANT, ModelCreate.model_validate(known | {"id": name, "serving": SERVINGS[name]}))
     made = Model(settled, name, answer)
     made.rotate()
