@@ -43,6 +43,8 @@ START_LOG = "ray-start.log"
 ATTEMPTS = 3
 # Ray puts Unix sockets 60 characters below its temporary folder; a socket's path ends at 107.
 LONGEST_TEMP_DIR = 46
+# Above those of well-known services, below those that Linux gives out by itself.
+PORTS = range(20_000, 32_000)
 # What Ray and its workers may inherit. Everything else, credentials above all, stays outside.
 INHERITED = frozenset({"PATH", "HOME", "LANG", "LC_ALL", "TZ", "USER", "PYTHONPATH", "LD_LIBRARY_PATH"})
 INHERITED_PREFIXES = ("CUDA_", "NVIDIA_", "OTEL_", "OMP_")
@@ -270,12 +272,26 @@ def _new_token(path: Path) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now, all different; another process may still take one."""
+    """Ports of 127.0.0.1 that nobody listens on now, all different; another program may still take one.
+
+    They lie below those that systems give out by themselves: Ray's own processes take such,
+    and one of them would answer in place of what comes to listen here a moment later.
+
+    Raises:
+        SetupError: too few ports are free.
+    """
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        found: list[int] = []
+        for port in secrets.SystemRandom().sample(PORTS, len(PORTS)):
+            if len(found) == count:
+                break
+            one = stack.enter_context(socket.socket())
+            with suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                found.append(port)
+    if len(found) < count:
+        raise SetupError(f"fewer than {count} ports of 127.0.0.1 are free: end what holds them")
+    return found
 
 
 def _await_serve(process: RayProcess, deadline: float) -> bool:
