@@ -87,10 +87,7 @@ def make_replica(
         checkpoint.compare(base, folded, key, device=device).check()
         progress("publish", 0.0)
         store.publish(folded, name)
-    manifest = verify(store.url_of(name), key.public_key(), key_id=key.id)
-    progress("probe", 0.0)
-    probe = make_probe(_at_hand(store.url_of(name), folded, key), dtype=dtype, device=device)
-    return Materialized(replica=store.url_of(name), manifest_sha256=manifest.sha256(), probe=probe)
+    return _published(store.url_of(name), folded, key, dtype, device, progress)
 
 
 def make_part(
@@ -197,6 +194,16 @@ def _sealing(key: TenantKey, progress: Progress) -> Callable[[Path, FoldReport],
         seal(staging, _identity(key, report), key.sign)
 
     return finish
+
+
+def _published(
+    url: str, folded: Path, key: TenantKey, dtype: Dtype, device: str, progress: Progress
+) -> Materialized:
+    """What to report of the replica at ``url``, verified once more where it is served from."""
+    manifest = verify(url, key.public_key(), key_id=key.id)
+    progress("probe", 0.0)
+    probe = make_probe(_at_hand(url, folded, key), dtype=dtype, device=device)
+    return Materialized(replica=url, manifest_sha256=manifest.sha256(), probe=probe)
 
 
 def _identity(key: TenantKey, report: FoldReport) -> Identity:

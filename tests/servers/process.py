@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import random
 import shlex
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from anamorph.serve.cluster.local import free_ports
+
 # A busy machine takes its time: nothing is measured here, this only ends a start that never succeeds.
 PATIENCE_S = 90.0
-# Below the ports that the kernel hands out itself, so that nobody takes one while its server is stopped.
-PORTS = range(18_000, 32_000)
 MARK = "ANAMORPH_CI_MARK"
 
 
@@ -24,15 +22,9 @@ def free_port() -> int:
     """A loopback TCP port that nothing listens on, the same for as long as a test restarts its server.
 
     Raises:
-        OSError: a hundred ports, drawn at random, are all taken.
+        SetupError: none is free.
     """
-    for port in random.sample(PORTS, 100):
-        try:
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return port
-    raise OSError("no free port on 127.0.0.1: another program holds them all")
+    return free_ports(1)[0]
 
 
 @dataclass

@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from anamorph.cli.admin import Connection, Model, Tenant, connected
+from anamorph.cli.changes import patch_of
 from anamorph.cli.output import AsJson, show_record
 from anamorph.wire.admin import RotationPolicyPatch
 
@@ -40,29 +40,9 @@ def set_policy(
     as_json: AsJson = False,
 ) -> None:
     """Change fields of a rotation policy: to a number, a duration such as 90s, 15m, 12h, 30d, or off."""
-    patch = patch_of(changes)
+    patch = patch_of(RotationPolicyPatch, changes, read_value)
     with connection.keys(tenant, look=f"anamorph policy show {tenant} {model}") as keys:
         show_record(keys.update_policy(tenant, model, patch), as_json=as_json)
-
-
-def patch_of(changes: list[str]) -> RotationPolicyPatch:
-    """The message for ``NAME=VALUE`` arguments.
-
-    Raises:
-        typer.BadParameter: an unknown name, one given twice, or a value that is none.
-    """
-    fields: dict[str, Any] = {}
-    for change in changes:
-        name, separator, value = change.partition("=")
-        if not separator or name not in RotationPolicyPatch.model_fields or name in fields:
-            known = ", ".join(RotationPolicyPatch.model_fields)
-            raise typer.BadParameter(f"{change!r}: write NAME=VALUE, each name once, of {known}")
-        fields[name] = read_value(name, value)
-    try:
-        return RotationPolicyPatch.model_validate(fields)
-    except ValidationError as error:
-        [first, *_] = error.errors()
-        raise typer.BadParameter(f"{first['loc'][0]}: {first['msg']}") from None
 
 
 def read_value(name: str, text: str) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from anamorph.cli.admin import Connection, Tenant, connected
+from anamorph.cli.changes import patch_of
 from anamorph.cli.output import AsJson, show_record
 from anamorph.wire.admin import TenantQuotaPatch
 
@@ -35,26 +35,13 @@ def set_quota(
     as_json: AsJson = False,
 ) -> None:
     """Change fields of a quota: to a whole number, or back to the default; with the platform's API key."""
-    patch = patch_of(changes)
+    patch = patch_of(TenantQuotaPatch, changes, read_value, f", or {DEFAULT}")
     with connection.keys(look=f"anamorph tenant quota show {tenant}") as keys:
         show_record(keys.update_quota(tenant, patch), as_json=as_json)
 
 
-def patch_of(changes: list[str]) -> TenantQuotaPatch:
-    """The message for ``NAME=VALUE`` arguments.
-
-    Raises:
-        typer.BadParameter: an unknown name, one given twice, or a value that is no whole number.
-    """
-    fields: dict[str, int | str | None] = {}
-    for change in changes:
-        name, separator, value = change.partition("=")
-        if not separator or name not in TenantQuotaPatch.model_fields or name in fields:
-            known = ", ".join(TenantQuotaPatch.model_fields)
-            raise typer.BadParameter(f"{change!r}: write NAME=VALUE, each name once, of {known}")
-        fields[name] = None if value == DEFAULT else int(value) if value.isdecimal() else value
-    try:
-        return TenantQuotaPatch.model_validate(fields)
-    except ValidationError as error:
-        [first, *_] = error.errors()
-        raise typer.BadParameter(f"{first['loc'][0]}: {first['msg']}, or {DEFAULT}") from None
+def read_value(_name: str, text: str) -> int | str | None:
+    """The value of a field: a whole number, nothing for the default, or the text as it is."""
+    if text == DEFAULT:
+        return None
+    return int(text) if text.isdecimal() else text  # the message's own check says what is wrong with it
