@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from anamorph.cli.machine.home import MODEL, Home, Running
 from anamorph.cli.machine.processes import alive, marked, spawn
@@ -154,16 +157,23 @@ def answer() -> Callable[[TokenCodec, str, list[int], int], list[int]]:
     return right_answer
 
 
+def save_tokenizer(words: list[str], folder: Path) -> None:
+    """A tokenizer of whole words, whose ids are their places."""
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = Backend(models.WordLevel(vocabulary, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "tokenizer.json"))
+    kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder without weights: the fake engine needs none."""
     folder = tmp_path_factory.mktemp("base")
     config = {"model_type": "llama", "vocab_size": VOCAB, "max_position_embeddings": 128}
     (folder / "config.json").write_text(json.dumps(config))
-    words = {f"w{number}": number for number in range(VOCAB)}
-    Backend(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    save_tokenizer([f"w{number}" for number in range(VOCAB)], folder)
     return folder
 
 
@@ -188,18 +198,11 @@ def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, P
         server.shutdown()
 
 
-@pytest.fixture(scope="session")
-def system(base: Path, collector: tuple[str, Path]) -> Iterator[System]:
+@contextmanager
+def running_system(plan: Plan) -> Iterator[System]:
+    """A whole system in a home of its own; no process and no file of it is left."""
     home = Home(Path(tempfile.mkdtemp(prefix="anamorph-system-")))
     home.create()
-    job = Path(__file__).with_name("quick_materializer.py")
-    plan = Plan(
-        ServedModel(base, engine="fake", policy=POLICY),
-        proxies=(),
-        interval_s=0.2,
-        materializer=f"{sys.executable} {job}",
-        otlp_endpoint=collector[0],
-    )
     try:
         start(home, plan, lambda _: None, lambda _: None)
         instance = home.running().instance
@@ -208,6 +211,50 @@ def system(base: Path, collector: tuple[str, Path]) -> Iterator[System]:
         stop(home)
     assert marked(instance) == []
     shutil.rmtree(home.root)
+
+
+@pytest.fixture(scope="session")
+def system(base: Path, collector: tuple[str, Path]) -> Iterator[System]:
+    job = Path(__file__).with_name("quick_materializer.py")
+    plan = Plan(
+        ServedModel(base, engine="fake", policy=POLICY),
+        proxies=(),
+        interval_s=0.2,
+        materializer=f"{sys.executable} {job}",
+        otlp_endpoint=collector[0],
+    )
+    with running_system(plan) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def words() -> list[str]:
+    """The words of the real model's tokenizer, by id: nothing else in the world says them."""
+    return [f"quokka{number:02d}" for number in range(VOCAB)]
+
+
+@pytest.fixture(scope="module")
+def torch_system(
+    words: list[str], collector: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[System]:
+    """Nothing in place of anything: a model with weights, folded and served by torch, behind the proxy."""
+    folder = tmp_path_factory.mktemp("torch-base")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    special = {"eos_token_id": 1, "bos_token_id": 0, "initializer_range": 0.4}
+    LlamaForCausalLM(LlamaConfig.from_dict({**sizes, **heads, **special})).save_pretrained(folder)
+    save_tokenizer(words, folder)
+    plan = Plan(
+        ServedModel(folder, policy=POLICY),
+        tenants=(TENANT,),
+        proxies=(TENANT,),
+        baseline=False,
+        interval_s=0.2,
+        otlp_endpoint=collector[0],
+    )
+    with running_system(plan) as running:
+        yield running
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from base64 import b64encode, urlsafe_b64encode
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import APIStatusError, OpenAI
 
 from anamorph.cli.machine.home import MODEL
 from anamorph.cli.machine.processes import marked
@@ -28,9 +30,8 @@ from anamorph_keysvc.service.work import utc_now
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module")
-def canary_root(system: Any) -> bytes:
-    """A root that the test knows, of a version that then went through a whole life."""
+def version_with_a_known_root(system: Any) -> tuple[int, bytes]:
+    """A version, active now, whose root was released to the test before its job asked."""
     command = system.kill("operator")
     number = system.rotate()
     with system.keys(Role.PLATFORM) as platform:
@@ -39,6 +40,13 @@ def canary_root(system: Any) -> bytes:
         root = job.release("acme", MODEL, number, "materialize").material()
     system.restart("operator", command)
     system.await_state(number, State.ACTIVE)
+    return number, root
+
+
+@pytest.fixture(scope="module")
+def canary_root(system: Any) -> bytes:
+    """A root that the test knows, of a version that then went through a whole life."""
+    number, root = version_with_a_known_root(system)
     with Client(system.url, system.api_key(), "acme", MODEL) as client:
         for length in range(1, 8):
             client.complete([length] * length, max_tokens=4)
@@ -102,6 +110,30 @@ def test_no_key_byte_is_anywhere(system: Any, canary_root: bytes, collector: tup
     assert len(places) > 50
     version = system.active().version - 1
     for name, secret in secrets_of(canary_root, version).items():
+        assert find(places, secret) == [], name
+
+
+def test_torch_and_the_proxy_keep_text_and_key_to_themselves(
+    torch_system: Any, words: list[str], collector: tuple[str, Path]
+) -> None:
+    """A real model, asked in words through the proxy: no log, file, trace or answer says one, or a key."""
+    number, root = version_with_a_known_root(torch_system)
+    asked = [20, 31, 42, 53, 24, 35]
+    url = torch_system.home.running().urls["proxy-acme"]
+    with OpenAI(base_url=url, api_key="none") as client:
+        prompt = " ".join(words[id_] for id_ in asked)
+        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=8, temperature=0)
+        with pytest.raises(APIStatusError):  # an error in full view is where text likes to slip out
+            client.completions.create(model=MODEL, prompt=prompt, max_tokens=10_000)
+    said = answer.choices[0].text.split()
+    assert len(said) == 8
+    assert set(said) <= set(words)
+    assert answer.system_fingerprint == torch_system.active().key_id
+    places = everything_visible(torch_system) + list(files(collector[1]))
+    assert {"proxy-acme.log", "key-service.log", "operator.log"} <= {Path(place).name for place, _ in places}
+    for form in (b"quokka", json.dumps(asked)[1:-1].encode(), ",".join(map(str, asked)).encode()):
+        assert [place for place, content in places if form in content] == [], form
+    for name, secret in secrets_of(root, number).items():
         assert find(places, secret) == [], name
 
 
