@@ -11,7 +11,8 @@ repairs, it repairs; what a supervisor would start again (key service, operator,
 this program starts again when the fault is over.
 
 It fails unless every request ended in the right answer or in a documented error, none lasted past its
-deadline, everything was back within a minute of the last repair, and nothing was left behind. It takes
+deadline, everything was back within a minute of the last repair, nothing was left behind, and no kind of
+fault found nothing to strike each time. It takes
 about three minutes more than ``--minutes``; the report holds the cause of every request that was not right.
 """
 
@@ -79,7 +80,13 @@ class Chaos:
             found.append(f"not back after {PATIENCE_S:.0f} s: {'; '.join(self.amiss)}")
         elif self.back_s > BACK_WITHIN_S:
             found.append(f"back only after {self.back_s:.0f} s")
+        found += [f"never struck: {one}" for one in self.never_struck]
         return found + self.unrepaired + [f"left behind: {one}" for one in self.left]
+
+    @property
+    def never_struck(self) -> list[str]:
+        """Faults whose turn came and that found nothing to strike each time."""
+        return sorted({one.partition(":")[0] for one in self.spared} - {one.name for one in self.struck})
 
 
 async def under_load(

@@ -1,6 +1,6 @@
 """How far a replica's logits are from the plaintext model's.
 
-    python benchmarks/exactness.py [--json FILE]
+    python benchmarks/exactness.py [--device cpu|cuda] [--json FILE]
 
 SmolLM2-135M-Instruct on three texts of 512 tokens (a licence, documentation, code), under
 three random keys. Every error is relative to the plaintext model computed in float64
@@ -50,13 +50,19 @@ def errors(exact: torch.Tensor, found: torch.Tensor) -> Errors:
 
 
 def replica_difference(
-    base: Path, profile: Profile, dtype: torch.dtype, ids: torch.Tensor, exact: torch.Tensor, folder: Path
+    base: Path,
+    profile: Profile,
+    dtype: torch.dtype,
+    ids: torch.Tensor,
+    exact: torch.Tensor,
+    folder: Path,
+    device: str,
 ) -> Errors:
     """Fold under a fresh key and compare."""
     key = TenantKey.generate("acme", "smollm2", 1)
     fold(base, folder, key, profile)
     vocab = key.vocab_key()
-    found = logits(load(folder, dtype), encrypted(ids, vocab, exact.shape[-1]))
+    found = logits(load(folder, dtype, device), encrypted(ids, vocab, exact.shape[-1]))
     return errors(exact, plain(found, vocab))
 
 
@@ -74,21 +80,23 @@ def row(what: str, name: str, found: list[Errors]) -> dict[str, Any]:
     }
 
 
-def measure(scratch: Path) -> list[dict[str, Any]]:
+def measure(scratch: Path, device: str) -> list[dict[str, Any]]:
     """One row per model and type."""
     source = fetch_smollm2()
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     ids = torch.tensor([tokenizer((ROOT / text).read_text()).input_ids[:LENGTH] for text in TEXTS])
-    exact = logits(load(source, torch.float64), ids)
+    exact = logits(load(source, torch.float64, device), ids)
     rows = []
     for name, dtype in TYPES.items():
         base = scratch / name
-        model = load(source, dtype)
+        model = load(source, dtype, device)
         model.save_pretrained(base)
         rows.append(row("plaintext", name, [errors(exact, logits(model, ids))]))
         for profile in PROFILES:
             found = [
-                replica_difference(base, profile, dtype, ids, exact, scratch / f"{name}-{profile}-{number}")
+                replica_difference(
+                    base, profile, dtype, ids, exact, scratch / f"{name}-{profile}-{number}", device
+                )
                 for number in range(KEYS)
             ]
             rows.append(row(profile, name, found))
@@ -98,10 +106,11 @@ def measure(scratch: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print, and write the JSON if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(Path(scratch))
+        rows = measure(Path(scratch), options.device)
     for one in rows:
         print(
             f"{one['type']:>9} {one['model']:>10}   error {one['error_median']:.2e}"

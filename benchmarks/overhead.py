@@ -1,6 +1,6 @@
 """What encryption costs: SmolLM2, encrypted against plaintext, on the real serving path.
 
-    python benchmarks/overhead.py [--time 1200] [--width 0.02] [--json FILE]
+    python benchmarks/overhead.py [--time 1200] [--width 0.02] [--num-gpus 0.5] [--json FILE]
 
 Two applications of one Ray, the base and its replica, on the same engine with the same settings,
 one request at a time, in pairs: independent random prompts of equal length, drawn order, lengths in
@@ -8,8 +8,8 @@ turn; short answers for the time to the first token, long ones for the time per 
 whichever is less certain. Reported is the median of the pairs' ratios with its 95 % interval (paired
 bootstrap, pairs drawn within each length). It stops when the intervals of TTFT and TPOT are narrower
 than ``--width``, or when the time is over. ``--control`` serves the base on both sides: what is left
-is the error of the method, and its interval must hold 1. It takes about a minute and a half more than
-``--time``.
+is the error of the method, and its interval must hold 1. ``--num-gpus`` is of each side: half a GPU puts
+both on one. It takes about a minute and a half more than ``--time``.
 """
 
 from __future__ import annotations
@@ -106,14 +106,16 @@ def encrypted_args(base: Path, folder: Path) -> dict[str, Any]:
 Targets = tuple[Target, Target]
 
 
-def targets_of(cluster: Cluster, base: Path, folder: Path, *, control: bool) -> Targets:
+def targets_of(cluster: Cluster, base: Path, folder: Path, *, control: bool, num_gpus: float) -> Targets:
     """Both endpoints, deployed; as control, the base twice."""
-    plain = Target(add(cluster, plaintext_args(base)), cluster.token(tenant="plaintext", model="smollm2"))
+    device = {"num_gpus": num_gpus}
+    token = cluster.token(tenant="plaintext", model="smollm2")
+    plain = Target(add(cluster, plaintext_args(base) | device), token)
     if control:
-        return Target(add(cluster, plaintext_args(base, 1)), plain.token), plain
+        return Target(add(cluster, plaintext_args(base, 1) | device), plain.token), plain
     args = encrypted_args(base, folder)
     token = cluster.token(tenant="acme", model="smollm2")
-    return Target(add(cluster, args), token, args["key_id"]), plain
+    return Target(add(cluster, args | device), token, args["key_id"]), plain
 
 
 def pairs_until(cluster: Cluster, targets: Targets, vocab: int, limit_s: float, width: float) -> list[Pair]:
@@ -204,12 +206,13 @@ def main() -> None:
     parser.add_argument("--time", type=float, default=1200, help="seconds at most")
     parser.add_argument("--width", type=float, default=0.02, help="of the intervals that are narrow enough")
     parser.add_argument("--control", action="store_true", help="the base on both sides")
+    parser.add_argument("--num-gpus", type=float, default=0, help="of each side")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     base = default_model("float32", print)
     vocab = int(json.loads((base / "config.json").read_text())["vocab_size"])
     with tempfile.TemporaryDirectory(prefix="an-") as folder, cluster_of(Path(folder)) as cluster:
-        targets = targets_of(cluster, base, Path(folder), control=args.control)
+        targets = targets_of(cluster, base, Path(folder), control=args.control, num_gpus=args.num_gpus)
         found = report(pairs_until(cluster, targets, vocab, args.time, args.width))
     print(f"{found['pairs']} pairs, {found['long_pairs']} with {OUTPUT} tokens of answer, the others {SHORT}")
     for name, one in found["ratios"].items():

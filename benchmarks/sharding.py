@@ -1,4 +1,5 @@
-"""What sharding costs and saves: SmolLM2's encrypted replica on one rank, on three, and on two stages.
+"""What sharding costs and saves: SmolLM2's encrypted replica on one rank, on three, and on two stages;
+and a random Llama with four key and value heads on one rank and on two.
 
     python benchmarks/sharding.py [--tokens 64] [--repeats 5] [--json FILE]
 
@@ -6,7 +7,7 @@ Each layout is served by Ray Serve on this machine, in float32. Reported are the
 the first token and per further token of one stream, the resident set of each rank's
 process beyond that of a rank with a toy model, and whether the decrypted greedy tokens are the
 unsharded plaintext model's. On a machine whose cores all ranks share, ranks cannot make
-anything faster.
+anything faster. It fails where tokens differ or a rank holds more than it may of the whole.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from base64 import b64encode, urlsafe_b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +40,13 @@ from anamorph.wire import completions
 from anamorph.wire.serving import APP_IMPORT_PATH
 
 PROMPT = list(range(100, 164))
-LAYOUTS = {"one rank": {}, "tensor 3": {"tensor_parallel": 3}, "pipeline 2": {"pipeline_parallel": 2}}
+WHOLE: dict[str, int] = {}
+SMOLLM2 = {"one rank": WHOLE, "tensor 3": {"tensor_parallel": 3}, "pipeline 2": {"pipeline_parallel": 2}}
+RANDOM = {"one rank": WHOLE, "tensor 2": {"tensor_parallel": 2}}
+# What the largest rank may hold of the whole.
+SHARES = {"one rank": 1.0, "tensor 2": 0.6, "tensor 3": 0.5, "pipeline 2": 0.6}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 12}
+SIZES = {"vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2304, "initializer_range": 0.1}
 APP, PREFIX = "acme.smol.v1", "/acme/smol/v1"
 
 
@@ -46,12 +54,24 @@ APP, PREFIX = "acme.smol.v1", "/acme/smol/v1"
 class Row:
     """One layout; times in milliseconds, memory in MB per rank, rank 0 first."""
 
+    model: str
     layout: str
     first_token_ms: float
     per_token_ms: float
     memory_mb: list[float]
     share: float
     tokens_equal: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its encrypted replica, what it answers in clear, and how it is laid out."""
+
+    name: str
+    replica: Path
+    vocab_size: int
+    truth: list[int]
+    layouts: Mapping[str, Mapping[str, int]]
 
 
 @dataclass
@@ -142,26 +162,67 @@ def toy(key: TenantKey, scratch: Path) -> Path:
     return scratch / "toy"
 
 
-def measure(bench: Bench, replica: Path, small: Path, truth: list[int], repeats: int) -> Iterator[Row]:
+def measure(bench: Bench, subject: Subject, small: Path, repeats: int) -> Iterator[Row]:
     """One row for each layout; the first is the whole that shares are of."""
-    image = bench.key.vocab_key().permutation(49152).tolist()
+    image = bench.key.vocab_key().permutation(subject.vocab_size).tolist()
     plain = {moved: i for i, moved in enumerate(image)}
     prompt, whole = [image[i] for i in PROMPT], 0.0
-    for name, layout in LAYOUTS.items():
+    for name, layout in subject.layouts.items():
         with bench.serving(small, **layout) as endpoint:
             bench.stream(endpoint, PROMPT, 8)
             empty = bench.memory_mb()
-        with bench.serving(replica, **layout) as endpoint:
-            runs = [bench.stream(endpoint, prompt, len(truth)) for _ in range(repeats + 1)]
+        with bench.serving(subject.replica, **layout) as endpoint:
+            runs = [bench.stream(endpoint, prompt, len(subject.truth)) for _ in range(repeats + 1)]
             memory = [held - base for held, base in zip(bench.memory_mb(), empty, strict=True)]
         whole = whole or memory[0]
-        equal = all([plain[i] for i in ids] == truth for ids, _ in runs)
+        equal = all([plain[i] for i in ids] == subject.truth for ids, _ in runs)
         first = statistics.median(times[0] for _, times in runs[1:])
         rest = statistics.median((times[-1] - times[0]) / (len(times) - 1) for _, times in runs[1:])
-        yield Row(name, first * 1e3, rest * 1e3, memory, max(memory) / whole, equal)
+        yield Row(subject.name, name, first * 1e3, rest * 1e3, memory, max(memory) / whole, equal)
+
+
+def subjects(scratch: Path, key: TenantKey, tokens: int) -> Iterator[Subject]:
+    """SmolLM2, whose heads three ranks divide, and a random Llama, whose heads two do."""
+    torch.manual_seed(0)
+    smollm2: Any = AutoModelForCausalLM.from_pretrained(fetch_smollm2(), dtype=torch.float32)
+    drawn: Any = LlamaForCausalLM(LlamaConfig.from_dict({**HEADS, **SIZES}))
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": -1}
+    for name, model, layouts in (("SmolLM2", smollm2, SMOLLM2), ("random Llama", drawn, RANDOM)):
+        folder = scratch / name.replace(" ", "-")
+        model.save_pretrained(folder)
+        anamorph.fold(folder, folder / "replica", key)
+        truth = model.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
+        yield Subject(name, folder / "replica", model.config.vocab_size, truth, layouts)
+
+
+def show(row: Row) -> None:
+    """A line for people."""
+    memory = " + ".join(f"{mb:.0f}" for mb in row.memory_mb)
+    print(
+        f"{row.model:12} {row.layout:10} first token {row.first_token_ms:6.1f} ms, "
+        f"then {row.per_token_ms:6.1f} ms; weights and cache {memory} MB (largest {row.share:.2f} of the "
+        f"whole, may be {SHARES[row.layout]}); tokens {'equal' if row.tokens_equal else 'DIFFERENT'}"
+    )
+
+
+def run(scratch: Path, tokens: int, repeats: int) -> list[Row]:
+    """Fold, serve and measure every layout, and print a line for each."""
+    key, rows = TenantKey.generate("acme", "smol", 1), list[Row]()
+    found = list(subjects(scratch, key, tokens))
+    ray = start_ray(scratch / "ray", num_cpus=8)
+    try:
+        bench, small = Bench(ray, key, Ed25519PrivateKey.generate()), toy(key, scratch)
+        for subject in found:
+            for row in measure(bench, subject, small, repeats):
+                rows.append(row)
+                show(row)
+    finally:
+        stop_ray(ray)
+    return rows
 
 
 def main() -> None:
+    """Measure, print, and fail where a bound is broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -171,32 +232,9 @@ def main() -> None:
         rows = run(Path(scratch), args.tokens, args.repeats)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-
-
-def run(scratch: Path, tokens: int, repeats: int) -> list[Row]:
-    """Fold, serve and measure every layout, and print a line for each."""
-    model: Any = AutoModelForCausalLM.from_pretrained(fetch_smollm2(), dtype=torch.float32)
-    model.save_pretrained(scratch / "base")
-    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": -1}
-    truth = model.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
-    del model
-    key = TenantKey.generate("acme", "smol", 1)
-    anamorph.fold(scratch / "base", scratch / "replica", key)
-    ray = start_ray(scratch / "ray", num_cpus=8)
-    rows = []
-    try:
-        bench = Bench(ray, key, Ed25519PrivateKey.generate())
-        for row in measure(bench, scratch / "replica", toy(key, scratch), truth, repeats):
-            rows.append(row)
-            memory = " + ".join(f"{mb:.0f}" for mb in row.memory_mb)
-            print(
-                f"{row.layout:11} first token {row.first_token_ms:6.1f} ms, then {row.per_token_ms:6.1f} ms; "
-                f"weights and cache {memory} MB (largest {row.share:.2f} of the whole); "
-                f"tokens {'equal' if row.tokens_equal else 'DIFFERENT'}"
-            )
-    finally:
-        stop_ray(ray)
-    return rows
+    bad = [f"{r.model}, {r.layout}" for r in rows if not r.tokens_equal or r.share > SHARES[r.layout]]
+    if bad:
+        sys.exit(f"tokens or shares are not as they must be: {'; '.join(bad)}")
 
 
 if __name__ == "__main__":

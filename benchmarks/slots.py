@@ -19,6 +19,7 @@ import hashlib
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from base64 import b64encode
@@ -51,6 +52,7 @@ from anamorph.serve.slots.torch import TorchBackend
 from anamorph.wire.serving import PoolMember, PoolSettings
 
 ANSWER = 16
+LIMIT = 1.5  # times a copy, of a swap from host memory
 PLACES = 8
 PROMPTS = 12
 LENGTHS = (5, 33, 70, 130)  # below one page of the cache, and several
@@ -254,6 +256,11 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
+    if result["wrong"]:
+        sys.exit(f"{result['wrong']} answers were wrong")
+    swap = result["swap_from_host_memory"]["ratio"][0]
+    if swap > LIMIT:
+        sys.exit(f"a swap takes {swap} times what copying as many bytes does, more than {LIMIT}")
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What encryption costs on the vLLM engine: SmolLM2 encrypted against plaintext, in pairs.
 
-    make bench-vllm [ARGS="--pairs 60 --prompt-tokens 128 --output-tokens 32 --json FILE"]
+    make bench-vllm [ARGS="--pairs 60 --prompt-tokens 128 --output-tokens 32 --num-gpus 0.5 --json FILE"]
 
 Two endpoints of the vLLM engine run side by side, in vLLM's own environment, and differ in
 nothing but their weights. The canary measures them: independent random ids, one request at a
-time, order drawn per pair; ratios are medians of the pairs' with a 95 % bootstrap interval.
+time, order drawn per pair; ratios are medians of the pairs' with a 95 % bootstrap interval. On a GPU each
+side has ``--num-gpus`` of it, and ``ANAMORPH_VLLM_PYTHON`` names the Python of a CUDA build of vLLM.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ from anamorph.keys import TenantKey  # noqa: E402 -- as above
 VOCAB = 49152
 
 
-def settings(dtype: str, **fields: Any) -> dict[str, Any]:
+def settings(options: argparse.Namespace, **fields: Any) -> dict[str, Any]:
     """``EngineSettings`` that both sides share, and what tells them apart."""
-    common = {"model": "smol", "engine": "vllm", "dtype": dtype, "context_length": 1024, "num_blocks": 128}
-    return {**common, **fields}
+    common = {"model": "smol", "engine": "vllm", "context_length": 1024, "num_blocks": 128}
+    return {**common, "dtype": options.dtype, "num_gpus": options.num_gpus, **fields}
 
 
-def encrypted(base: Path, dtype: str, scratch: Path) -> dict[str, Any]:
+def encrypted(base: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Fold the base under a fresh key."""
     key = TenantKey.generate("acme", "smol", 1)
     manifest = anamorph.fold(base, scratch / "replica", key)
     return settings(
-        dtype,
+        options,
         tenant="acme",
         version=1,
         replica=str(scratch / "replica"),
@@ -58,9 +59,9 @@ def encrypted(base: Path, dtype: str, scratch: Path) -> dict[str, Any]:
     )
 
 
-def plaintext(base: Path, dtype: str) -> dict[str, Any]:
+def plaintext(base: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The baseline."""
-    return settings(dtype, tenant="plaintext", version=0, replica=str(base), protection="plaintext")
+    return settings(options, tenant="plaintext", version=0, replica=str(base), protection="plaintext")
 
 
 @contextmanager
@@ -80,11 +81,11 @@ def run(options: argparse.Namespace, scratch: Path, say: Console) -> OverheadRep
     """Fold, start both, measure."""
     issuer = Issuer()
     base = default_model(options.dtype, say.print)
-    hidden = encrypted(base, options.dtype, scratch)
+    hidden = encrypted(base, options, scratch)
     say.print("starting two vLLM engines")
     with (
         served(hidden, scratch, issuer) as (_, ours),
-        served(plaintext(base, options.dtype), scratch, issuer) as (_, plain),
+        served(plaintext(base, options), scratch, issuer) as (_, plain),
         httpx.Client(timeout=120, trust_env=False) as http,
     ):
         return measure(
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--num-gpus", type=float, default=0, help="of each side")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     say = Console()

@@ -114,7 +114,9 @@ class Caller:
     """One client of a tenant, with its own key cache.
 
     Args:
-        deadline_s: after it a request counts as hung; above everything the SDK itself allows.
+        deadline_s: after it a request counts as hung. By default what SDK and policy allow together: 30 s of
+            repeating, then a last try with 5 s to connect, 10 s to the first byte and 20 s of request;
+            and 5 s for a busy machine.
         retry_for, read_s: of the SDK's client: how long it repeats, how long it waits for bytes.
     """
 
@@ -126,7 +128,7 @@ class Caller:
         model: str,
         expected: Expected,
         *,
-        deadline_s: float = 90,
+        deadline_s: float = 70,
         retry_for: float = 30,
         read_s: float = 10,
     ) -> None:
