@@ -19,7 +19,7 @@ from anamorph_keysvc.vault.auth import Caller, Vault
 from anamorph_keysvc.vault.login import lookup
 from anamorph_keysvc.vault.policies import policies
 from anamorph_keysvc.vault.settings import AUDIT_KEY, Identity, VaultSettings
-from anamorph_keysvc.vault.setup import key_faults
+from anamorph_keysvc.vault.setup import audit_files, key_faults
 from anamorph_keysvc.vault.transport import Call
 from anamorph_keysvc.vault.wrapper import KEK_TYPE
 from anamorph_keysvc.wrapper import PLATFORM_KEK
@@ -188,9 +188,11 @@ def _upsert(admin: Admin, settings: VaultSettings) -> Iterator[Finding]:
     yield _judge("no keys by encrypting", faults, SETUP)
 
 
-def _audit(admin: Admin, _settings: VaultSettings) -> Iterator[Finding]:
-    faults = [] if admin.read("sys/audit", root=True) else ["Vault keeps no log"]
-    yield _judge("audit device", faults, SETUP)
+def _audit(admin: Admin, settings: VaultSettings) -> Iterator[Finding]:
+    devices = admin.read("sys/audit", root=True) or {}
+    written = audit_files(devices)
+    missing = [f"none writes to {file}" for file in settings.setup.audit_files if file not in written]
+    yield _judge("audit device", missing if devices else ["Vault keeps no log"], SETUP)
 
 
 def _policies(admin: Admin, settings: VaultSettings) -> Iterator[Finding]:

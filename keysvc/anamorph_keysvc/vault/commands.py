@@ -37,7 +37,7 @@ _PATIENCE = {"deadline_s": 30, "connect_timeout_s": 5, "read_timeout_s": 30}
 
 @vault_cli.command()
 def setup(settings: SettingsOption, token_file: TokenOption = None, as_json: JsonOption = False) -> None:
-    """Make mount, policies, roles, audit device and keys where they are missing; correct what differs."""
+    """Make mount, policies, roles, audit devices and keys where they are missing; correct what differs."""
     chosen = load(settings)
     token = read_secret(token_file, "a token") if token_file else typer.prompt("Token", hide_input=True)
     with _admin(chosen, token) as admin:

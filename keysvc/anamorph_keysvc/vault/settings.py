@@ -129,10 +129,11 @@ class SetupSettings(_Frozen):
     """What ``vault setup`` needs beyond what the service needs; durations in seconds.
 
     Args:
-        audit_file: where Vault writes its audit log, on Vault's machine; ``stdout`` in a container.
+        audit_files: where Vault writes its audit log, on Vault's machine, one device for each;
+            ``stdout`` in a container. Where none is named, ``stdout`` unless there is a file device.
     """
 
-    audit_file: str = Field(default="stdout", pattern=r"^(stdout|/.+)$")
+    audit_files: tuple[Annotated[str, Field(pattern=r"^(stdout|/.+)$")], ...] = ()
     token_ttl_s: int = Field(default=3600, ge=60, le=86400)
     token_max_ttl_s: int = Field(default=86400, ge=60, le=2764800)
     secret_id_ttl_s: int = Field(default=0, ge=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from anamorph.errors import SetupError
 from anamorph_keysvc.vault import roles
@@ -41,13 +42,27 @@ def setup(admin: Admin, settings: VaultSettings) -> list[Done]:
 
 
 def _audit(admin: Admin, settings: VaultSettings) -> Iterator[Done]:
-    file = settings.setup.audit_file
     devices = admin.read("sys/audit", root=True) or {}
-    present = any(device.get("type") == "file" for device in devices.values())
-    if not present:
-        body = {"type": "file", "options": {"file_path": file}}
-        admin.write(f"sys/audit/{AUDIT_DEVICE}", body, method="PUT", root=True)
-    yield Done(f"file audit device ({'one is there' if present else file})", not present)
+    written = audit_files(devices)
+    if written and not settings.setup.audit_files:
+        yield Done("file audit device (one is there)", changed=False)
+        return
+    names = (f"{AUDIT_DEVICE}-{number}" if number > 1 else AUDIT_DEVICE for number in count(1))
+    free = (name for name in names if f"{name}/" not in devices)
+    for file in settings.setup.audit_files or ("stdout",):
+        if file not in written:
+            body = {"type": "file", "options": {"file_path": file}}
+            admin.write(f"sys/audit/{next(free)}", body, method="PUT", root=True)
+        yield Done(f"file audit device {file}", file not in written)
+
+
+def audit_files(devices: Body) -> set[str]:
+    """The files that audit devices, as Vault describes them, write to."""
+    return {
+        (device.get("options") or {}).get("file_path", "")
+        for device in devices.values()
+        if device.get("type") == "file"
+    }
 
 
 def _mount(admin: Admin, settings: VaultSettings) -> Iterator[Done]:

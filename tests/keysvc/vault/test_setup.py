@@ -51,7 +51,7 @@ def home(bare: VaultServer, tmp_path: Path, make_place: Callable[..., Place]) ->
 
 
 def settings_of(place: Place, **changes: Any) -> VaultSettings:
-    return place.settings(setup={"audit_file": str(place.server.audit_log)} | changes)
+    return place.settings(setup={"audit_files": [str(place.server.audit_log)]} | changes)
 
 
 def run_setup(place: Place, settings: VaultSettings, token: str | None = None) -> list[Done]:
@@ -81,6 +81,22 @@ def test_setup_of_a_fresh_server(bare: VaultServer, tmp_path: Path, make_place: 
     assert wrong(place) == {}
     place.close()
     assert bare.audit_log.stat().st_size > 0
+
+
+def test_two_audit_devices(home: Place, tmp_path: Path) -> None:
+    """Each file that is named gets a device, once; one that is there stays, and one that goes is missed."""
+    files = [str(home.server.audit_log), str(tmp_path / "second.log")]
+    settings = settings_of(home, audit_files=files)
+    assert [item.what for item in run_setup(home, settings) if item.changed] == [
+        f"file audit device {files[1]}"
+    ]
+    assert not [item.what for item in run_setup(home, settings) if item.changed]
+    assert wrong(home, home.open(setup={"audit_files": files})) == {}
+    assert Path(files[1]).stat().st_size > 0
+    home.server.ask("DELETE", "sys/audit/anamorph-2")
+    found = wrong(home, home.open(setup={"audit_files": files}))
+    assert list(found) == ["audit device"]
+    assert f"none writes to {files[1]}" in found["audit device"]
 
 
 def test_kubernetes_and_jwt_are_set_up_once(home: Place, tmp_path: Path) -> None:
