@@ -11,6 +11,7 @@ PAIRS = "anamorph_canary_pairs_total"
 SEQUENCES = 'anamorph_engine_sequences_{}{{gen_ai_request_model="smol"}}'
 KEYSVC = "anamorph_keysvc_"
 DOOR = "anamorph_door_answer_duration_seconds_count"
+BROKEN = 'anamorph_door_broken_total{error_type="timeout"}'
 POOL = 'anamorph_pool_requests_total{anamorph_pool="p"'
 
 
