@@ -19,6 +19,7 @@ from anamorph.errors import SetupError, Unavailable, UnsupportedOption
 from anamorph.serve.applications.engine import deployment
 from anamorph.serve.engines.base import Sampling
 from anamorph.serve.engines.folder import eos_ids, read, refuse_code, refuse_decoding_rules
+from anamorph.serve.engines.vllm import plugin
 from anamorph.serve.engines.vllm.arguments import arguments, environment
 from anamorph.serve.engines.vllm.engine import engine_of, load
 from anamorph.wire.serving import EngineSettings
@@ -224,3 +225,11 @@ def test_folders_that_name_code_are_refused(folder: Path) -> None:
     (folder / CHANGED).write_text('{"auto_map": {"AutoConfig": "here.Config"}}')
     with pytest.raises(UnsupportedOption, match="auto_map"):
         refuse_code(folder)
+
+
+def test_an_installation_without_the_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM itself would only log it, and its processes outlive a replica that is killed."""
+    plugin.check_installed()
+    monkeypatch.setattr(plugin, "NAME", "renamed since")
+    with pytest.raises(SetupError, match="install anamorph again"):
+        plugin.check_installed()

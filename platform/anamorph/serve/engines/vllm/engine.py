@@ -22,6 +22,7 @@ from typing import Any
 from anamorph.errors import BadRequest, SetupError, Unavailable
 from anamorph.serve.engines import folder as files
 from anamorph.serve.engines.base import Load, Sampling, Token, finish_reason
+from anamorph.serve.engines.vllm import plugin
 from anamorph.serve.engines.vllm.arguments import arguments, context_length, environment
 from anamorph.serve.engines.vllm.watch import watch_class
 from anamorph.wire.serving import EngineSettings
@@ -50,6 +51,7 @@ def load(folder: Path, settings: EngineSettings, *, threads: int | None = None) 
     """
     if find_spec("vllm") is None:
         raise SetupError("the vLLM engine needs vLLM in this environment: pip install 'anamorph[vllm]'")
+    plugin.check_installed()
     files.refuse_code(folder)
     files.refuse_decoding_rules(folder)
     config = files.read(folder, files.CONFIG)
