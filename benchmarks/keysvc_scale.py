@@ -1,12 +1,14 @@
 """How long calls take with 10,000 tenants of 10 key versions each in PostgreSQL.
 
-    python benchmarks/keysvc_scale.py [--tenants 10000] [--calls 400] [--explain] [--json FILE]
+    python benchmarks/keysvc_scale.py [--vault] [--tenants 10000] [--calls 400] [--explain] [--json FILE]
 
 The rows are inserted through the database's own triggers, every version through all its
 states, each tenant with a hash chain of audit rows and an API key. Calls go over HTTP,
 one after the other, each of a random tenant as that tenant, in random order of kinds;
 the scan for due rotations runs as the worker runs it. The server, its database and the
 asking client share this machine. A query that reads a large table as a whole is named.
+Keys are wrapped by the local wrapper, or with --vault by a real Vault on the same machine,
+which a rotation then waits for: it makes the tenant's KEK and wraps the root.
 """
 
 from __future__ import annotations
@@ -41,18 +43,22 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.keysvc_release import summary  # noqa: E402 -- the checkout, not a package
 from tests.servers.postgres import PostgresServer, running_postgres  # noqa: E402 -- as above
 from tests.servers.process import free_port  # noqa: E402 -- as above
+from tests.servers.production import running_production  # noqa: E402 -- as above
+from tests.servers.vault import running_vault  # noqa: E402 -- as above
 
 from anamorph import telemetry  # noqa: E402 -- as above
 from anamorph.wire import audit as chain  # noqa: E402 -- as above
 from anamorph.wire.admin import RotationPolicy  # noqa: E402 -- as above
-from anamorph_keysvc import homes, roles, schema  # noqa: E402 -- as above
+from anamorph_keysvc import config, homes, roles, schema  # noqa: E402 -- as above
 from anamorph_keysvc.app import build_app  # noqa: E402 -- as above
 from anamorph_keysvc.database import Database  # noqa: E402 -- as above
 from anamorph_keysvc.scope import WORKER  # noqa: E402 -- as above
 from anamorph_keysvc.service import tokens, usage  # noqa: E402 -- as above
 from anamorph_keysvc.service.work import Service, utc_now  # noqa: E402 -- as above
 from anamorph_keysvc.settings import Limits  # noqa: E402 -- as above
-from anamorph_keysvc.wrapper import LocalWrapper  # noqa: E402 -- as above
+from anamorph_keysvc.vault.auth import Vault  # noqa: E402 -- as above
+from anamorph_keysvc.vault.wrapper import VaultTransitWrapper  # noqa: E402 -- as above
+from anamorph_keysvc.wrapper import KeyWrapper, LocalWrapper  # noqa: E402 -- as above
 
 TARGET_MS = 50.0
 VERSIONS = 10
@@ -193,8 +199,19 @@ class Filled:
             self.statements.setdefault(call[2], call[3])
 
 
+def on_vault(ends: ExitStack, server: PostgresServer, folder: Path) -> KeyWrapper:
+    """A real Vault, set up and logged into as the production service does."""
+    for name in ("vault", "production"):
+        (folder / name).mkdir()
+    vault = ends.enter_context(running_vault(folder / "vault"))
+    made = ends.enter_context(running_production(folder / "production", server, vault))
+    opened = Vault.open(config.load(made.config("scale")).vault)
+    ends.callback(opened.close)
+    return VaultTransitWrapper(opened)
+
+
 @contextmanager
-def filled(server: PostgresServer, tenants: int, folder: Path) -> Iterator[Filled]:
+def filled(server: PostgresServer, tenants: int, folder: Path, wrapper: KeyWrapper) -> Iterator[Filled]:
     """The service on a fresh database with that many tenants."""
     with ExitStack() as ends:
         name = ends.enter_context(server.fresh())
@@ -216,7 +233,7 @@ def filled(server: PostgresServer, tenants: int, folder: Path) -> Iterator[Fille
         limits = Limits(
             reads_per_minute=_NO_LIMIT, writes_per_minute=_NO_LIMIT, rotations_per_minute=_NO_LIMIT
         )
-        service = Service(database, LocalWrapper(os.urandom(32)), limits, utc_now, os.urandom)
+        service = Service(database, wrapper, limits, utc_now, os.urandom)
         tokens.ensure_signing_key(service)
         homes.create_platform_key(folder / "platform.key", os.urandom)
         homes.register_platform_key(service, folder / "platform.key")
@@ -317,6 +334,7 @@ def whole_reads(found: dict[str, list[str]]) -> list[str]:
 def main() -> None:
     """Fill, measure, explain, print."""
     parser = argparse.ArgumentParser(description="Latency of calls with many tenants in the database.")
+    parser.add_argument("--vault", action="store_true", help="wrap by Vault; fail where it is missing")
     parser.add_argument("--tenants", type=int, default=10_000)
     parser.add_argument("--calls", type=int, default=400, help="calls of each kind")
     parser.add_argument("--explain", action="store_true", help="print the plan of every statement")
@@ -326,15 +344,20 @@ def main() -> None:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory()))
         try:
             server = ends.enter_context(running_postgres())
+            local = LocalWrapper(os.urandom(32))
+            wrapper = on_vault(ends, server, folder) if options.vault else local
         except pytest.skip.Exception as missing:
+            if options.vault:
+                raise SystemExit(str(missing)) from None
             print(missing)
             return
-        place = ends.enter_context(filled(server, options.tenants, folder))
+        place = ends.enter_context(filled(server, options.tenants, folder, wrapper))
         event.listen(place.service.database.engine, "before_cursor_execute", place.note)
         result: dict[str, Any] = measure(place, (folder / "platform.key").read_text(), options.calls)
         found = plans(place)
     for kind in result.values():
         kind["target_p99_ms"], kind["met"] = TARGET_MS, kind["p99_ms"] <= TARGET_MS
+    result["on"] = f"PostgreSQL, {'Vault' if options.vault else 'local wrapper'}"
     result["read as a whole"] = whole_reads(found)
     print(json.dumps(result, indent=2))
     if options.explain:

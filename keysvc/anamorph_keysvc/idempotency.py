@@ -4,6 +4,10 @@ The answer is stored in the transaction that did the work, so after a crash ther
 is either both or neither. Only successful answers are stored, for a failed
 request has changed nothing. Answers that contain a secret are never stored: such
 routes refuse the header.
+
+While a request works under a key, another under it is told to come back: within a
+process by ``InFlight``, before it takes a connection; between processes, of which only
+PostgreSQL has several, by an advisory lock that ends with the transaction.
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 from pydantic import BaseModel
-from sqlalchemy import delete
-from sqlmodel import col
+from sqlalchemy import delete, func, select
+from sqlmodel import Session, col
 
 from anamorph import errors
 from anamorph_keysvc.scope import WORKER
@@ -47,11 +51,7 @@ class InFlight:
         """
         with self._lock:
             if (actor, key) in self._keys:
-                raise errors.Conflict(
-                    "a request under this Idempotency-Key is still running",
-                    code="request_in_flight",
-                    retry_after=1,
-                )
+                raise _still_running()
             self._keys.add((actor, key))
         try:
             yield
@@ -83,8 +83,11 @@ def once(work: Work, key: str, request_digest: str, answer: type[T], action: Cal
     """Do ``action``, or repeat what it answered before.
 
     Raises:
+        Conflict: another process holds the key.
         Unprocessable: the key was used for another request.
     """
+    # Tried before the look-up: an answer that comes in between would be missed, and done again.
+    ours = _try_lock(work.session, work.actor, key)
     stored = work.session.get(Answer, (work.actor, key))
     if stored is not None:
         if stored.request_digest != request_digest:
@@ -92,6 +95,8 @@ def once(work: Work, key: str, request_digest: str, answer: type[T], action: Cal
                 "this Idempotency-Key was used for another request", code="idempotency_key_reused"
             )
         return answer.model_validate_json(stored.body)
+    if not ours:
+        raise _still_running()
     result = action(work)
     work.session.add(
         Answer(
@@ -104,6 +109,25 @@ def once(work: Work, key: str, request_digest: str, answer: type[T], action: Cal
         )
     )
     return result
+
+
+def _try_lock(session: Session, actor: str, key: str) -> bool:
+    """Whether nobody else works under the key; if so, nobody will until this transaction ends.
+
+    Not waited for: whoever waits would keep a connection that the first may need.
+    """
+    if session.get_bind().dialect.name != "postgresql":
+        return True
+    name = bytes.fromhex(digest(actor.encode(), key.encode()))
+    lock = func.pg_try_advisory_xact_lock(int.from_bytes(name[:8], signed=True))
+    # It names no row, so it passes by what narrows a tenant's session.
+    return bool(session.connection().scalar(select(lock)))
+
+
+def _still_running() -> errors.Conflict:
+    return errors.Conflict(
+        "a request under this Idempotency-Key is still running", code="request_in_flight", retry_after=1
+    )
 
 
 def forget_old(service: Service) -> None:

@@ -8,10 +8,9 @@ the floors and trim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from sqlmodel import Session, col, select
+from sqlmodel import col, select
 
 from anamorph.wire.admin import OperationStatus
 from anamorph.wire.states import State
@@ -19,17 +18,14 @@ from anamorph_keysvc import deadline
 from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service import leases, lookup, steps
 from anamorph_keysvc.service.material import key_of
+from anamorph_keysvc.service.rewrapping import BATCH, OfTenant, context_of, rewrap_rows, survivors
 from anamorph_keysvc.service.work import ACTOR, Service, Work
 from anamorph_keysvc.tables import Backup, KeyVersion, Operation, Webhook
-from anamorph_keysvc.wrapper import Context, root_context, webhook_context
 
 AWAIT_BACKUP = "await-backup"
 LONGEST_CLIENT_CACHE_S = 600
-_BATCH = 100
 _WAIT_S = 60
 _ATTEMPT_S = 60.0
-
-Wrapped = KeyVersion | Webhook
 
 
 def begin(work: Work, tenant: str) -> None:
@@ -83,30 +79,17 @@ def _rewrap(service: Service, row: Operation, kek: str) -> bool:
     while rows := _below(service, row.tenant, row.floor or 0):
         rewrap_rows(service, kek, rows)
         leases.extend(service, row.id)
-    for number, survivor in enumerate(_survivors(service, row.tenant)):
+    with service.database.read(WORKER) as session:
+        alive = list(survivors(session, row.tenant))
+    for number, survivor in enumerate(alive):
         _verify(service, kek, survivor)
-        if number % _BATCH == 0:
+        if number % BATCH == 0:
             leases.extend(service, row.id)
     _advance(service, row, AWAIT_BACKUP, 0.6)
     return True
 
 
-def rewrap_rows(service: Service, kek: str, rows: list[Wrapped]) -> None:
-    """Store each row's secret under the newest version of the KEK, if nobody changed it meanwhile."""
-    old = [(row.ciphertext or b"", context_of(row)) for row in rows]
-    new = service.wrapper.rewrap(kek, old)
-    for row, (before, _), after in zip(rows, old, new, strict=True):
-        with service.database.write(WORKER) as session:
-            current = _again(session, row)
-            if current is not None and current.ciphertext == before:
-                current.ciphertext, current.kek_version = after, service.wrapper.kek_version(after)
-                if isinstance(current, KeyVersion):
-                    current.row_version += 1
-                    current.updated_at = service.clock()
-                session.add(current)
-
-
-def _verify(service: Service, kek: str, row: Wrapped) -> None:
+def _verify(service: Service, kek: str, row: OfTenant) -> None:
     """Open a survivor's root: only then may the version of the KEK that it was under before go.
 
     Raises:
@@ -181,49 +164,12 @@ def _advance(
         session.add(current)
 
 
-def _survivors(service: Service, tenant: str) -> Iterator[Wrapped]:
-    with service.database.read(WORKER) as session:
-        versions = session.exec(
-            select(KeyVersion).where(KeyVersion.tenant == tenant, col(KeyVersion.ciphertext).is_not(None))
-        ).all()
-        webhooks = session.exec(select(Webhook).where(Webhook.tenant == tenant)).all()
-    yield from versions
-    yield from webhooks
-
-
-def _below(service: Service, tenant: str, floor: int) -> list[Wrapped]:
+def _below(service: Service, tenant: str, floor: int) -> list[OfTenant]:
     with service.database.read(WORKER) as session:
         old = col(KeyVersion.kek_version) < floor
-        versions = session.exec(select(KeyVersion).where(KeyVersion.tenant == tenant, old).limit(_BATCH))
+        versions = session.exec(select(KeyVersion).where(KeyVersion.tenant == tenant, old).limit(BATCH))
         if found := versions.all():
             return list(found)
         older = col(Webhook.kek_version) < floor
-        webhooks = session.exec(select(Webhook).where(Webhook.tenant == tenant, older).limit(_BATCH))
+        webhooks = session.exec(select(Webhook).where(Webhook.tenant == tenant, older).limit(BATCH))
         return list(webhooks.all())
-
-
-def rewrap_old(service: Service, tenant: str) -> int:
-    """Rewrap what lies under an older version of a tenant's KEK; answers how many rows.
-
-    The KEK rotates by itself in the key-management service; nothing stops working for it.
-    """
-    with service.database.read(WORKER) as session:
-        kek = lookup.tenant(session, tenant).kek
-    newest, done = service.wrapper.newest(kek), 0
-    while rows := _below(service, tenant, newest):
-        rewrap_rows(service, kek, rows)
-        done += len(rows)
-    return done
-
-
-def context_of(row: Wrapped) -> Context:
-    """The context that a row's secret is wrapped under."""
-    if isinstance(row, Webhook):
-        return webhook_context(row.tenant, row.id)
-    return root_context(row.tenant, row.model, row.version)
-
-
-def _again(session: Session, row: Wrapped) -> Wrapped | None:
-    if isinstance(row, Webhook):
-        return session.get(Webhook, row.id, with_for_update=True)
-    return session.get(KeyVersion, (row.tenant, row.model, row.version), with_for_update=True)

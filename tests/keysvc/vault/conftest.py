@@ -6,12 +6,15 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
+from anamorph_keysvc.roots import RootCache
+from anamorph_keysvc.service import tokens
+from anamorph_keysvc.signing import SigningKeys
 from anamorph_keysvc.vault.admin import Admin
 from anamorph_keysvc.vault.auth import Vault
 from anamorph_keysvc.vault.settings import Identity, VaultSettings
@@ -20,7 +23,10 @@ from anamorph_keysvc.vault.transport import Transport
 from anamorph_keysvc.vault.wrapper import VaultTransitWrapper
 
 if TYPE_CHECKING:
+    from tests.keysvc.conftest import World
     from tests.servers.vault import VaultServer
+
+    OnVault: TypeAlias = Callable[[World], World]
 
 
 @dataclass
@@ -126,6 +132,21 @@ def vault(place: Place, counted: Counted) -> Vault:
 @pytest.fixture
 def wrapper(vault: Vault) -> VaultTransitWrapper:
     return VaultTransitWrapper(vault)
+
+
+@pytest.fixture
+def on_vault(wrapper: VaultTransitWrapper) -> OnVault:
+    """Turns a world into one whose every secret is Vault's, and whose every root is opened each time."""
+
+    def turned(world: World) -> World:
+        world.service = replace(
+            world.service, wrapper=wrapper, roots=RootCache(most=1, longest_s=0), signing=SigningKeys()
+        )
+        world.sql("DELETE FROM signing_key")  # under the key file, where it was made
+        tokens.ensure_signing_key(world.service)
+        return world
+
+    return turned
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from anamorph import errors
 from anamorph.wire.admin import BackupCreate, OperationStatus, Role
 from anamorph.wire.states import State
 from anamorph_keysvc.app import build_app
-from anamorph_keysvc.roots import RootCache
 from anamorph_keysvc.scope import WORKER
 from anamorph_keysvc.service import backups, lifecycle, lookup, preparation, rotation, shredding
 from anamorph_keysvc.service.rewrapping import Rewrapper
@@ -30,7 +29,7 @@ from anamorph_keysvc.wrapper import root_context
 
 if TYPE_CHECKING:
     from tests.keysvc.conftest import World
-    from tests.keysvc.vault.conftest import Place
+    from tests.keysvc.vault.conftest import OnVault, Place
     from tests.servers.vault import VaultServer
 
     from anamorph_keysvc.homes import Home
@@ -40,10 +39,8 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture
-def world(world: World, wrapper: VaultTransitWrapper) -> World:
-    """A service whose every root is opened by Vault each time: nothing is kept."""
-    world.service = replace(world.service, wrapper=wrapper, roots=RootCache(most=1, longest_s=0))
-    return world
+def world(world: World, on_vault: OnVault) -> World:
+    return on_vault(world)
 
 
 def test_any_sequence_of_calls_keeps_the_invariants_on_vault(
