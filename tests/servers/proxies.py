@@ -27,6 +27,7 @@ Stream = Literal["upstream", "downstream"]  # requests and answers
 # Headers of one hop, and those that httpx writes anew because it has decoded the body.
 HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "content-length"}
 DECODED = {"content-encoding"}
+CREDENTIALS = frozenset({"x-vault-token", "authorization", "cookie"})
 
 
 @dataclass
@@ -124,12 +125,16 @@ def _answers(api: httpx.Client) -> bool:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request as it reached the proxy: its path as written, query included; the status it got."""
+    """A request as it reached the proxy: its path as written, query included; the status it got.
+
+    ``headers`` are those that the proxy was asked to keep, in lower case.
+    """
 
     method: str
     path: str
     status: int
     injected: bool
+    headers: dict[str, str]
 
 
 @dataclass
@@ -153,12 +158,20 @@ class StatusProxy:
         upstream: the server's URL, such as https://127.0.0.1:8200.
         authority: the file of the authority that signed the upstream's certificate, for https.
         certificate: the files of this proxy's certificate and key; plain HTTP without.
+        keep: headers to be kept of each arrival, in lower case; never one that is a credential.
     """
 
     def __init__(
-        self, upstream: str, *, authority: Path | None = None, certificate: tuple[Path, Path] | None = None
+        self,
+        upstream: str,
+        *,
+        authority: Path | None = None,
+        certificate: tuple[Path, Path] | None = None,
+        keep: frozenset[str] = frozenset(),
     ) -> None:
+        assert not keep & CREDENTIALS, "what is kept is shown where a test fails"
         self.arrived: list[Arrival] = []
+        self._keep = keep
         self._upstream, self._authority = upstream, authority
         self._injections: list[Injection] = []
         self._lock = threading.Lock()
@@ -219,7 +232,8 @@ class StatusProxy:
         path = _target(scope)
         injection = self._take(path)
         response = _injected(injection) if injection else await self._forward(request, path)
-        self.arrived.append(Arrival(request.method, path, response.status_code, injection is not None))
+        kept = {name: value for name, value in request.headers.items() if name in self._keep}
+        self.arrived.append(Arrival(request.method, path, response.status_code, injection is not None, kept))
         await response(scope, receive, send)
 
     def _take(self, path: str) -> Injection | None:
