@@ -39,6 +39,7 @@ class Fault:
 
     port: int
     name: str
+    upstream: int
     _api: httpx.Client = field(repr=False)
 
     def latency(self, milliseconds: int, stream: Stream = "downstream") -> None:
@@ -65,19 +66,23 @@ class Fault:
 
     def cut(self) -> None:
         """End all connections and refuse new ones."""
-        self._set_enabled(False)
+        self._set(enabled=False)
+
+    def lead_to(self, port: int) -> None:
+        """End all connections; new ones go to another loopback port, such as that of a ``StatusProxy``."""
+        self._set(upstream=f"{HOST}:{port}")
 
     def heal(self) -> None:
         """As new. Connections that hung are closed: what was lost on them is lost."""
         for toxic in self._call("GET", "/toxics").json():
             self._call("DELETE", f"/toxics/{toxic['name']}")
-        self._set_enabled(True)
+        self._set(enabled=True, upstream=f"{HOST}:{self.upstream}")
 
     def _add(self, kind: str, attributes: dict[str, int], stream: str) -> None:
         self._call("POST", "/toxics", {"type": kind, "stream": stream, "attributes": attributes})
 
-    def _set_enabled(self, enabled: bool) -> None:
-        self._call("POST", "", {"enabled": enabled})
+    def _set(self, **changes: object) -> None:
+        self._call("POST", "", changes)
 
     def _call(self, method: str, path: str, body: Any = None) -> httpx.Response:
         return self._api.request(method, f"/proxies/{self.name}{path}", json=body).raise_for_status()
@@ -96,7 +101,7 @@ class Toxiproxy:
         proxy = {"name": name, "listen": f"{HOST}:{port}", "upstream": f"{HOST}:{upstream}", "enabled": True}
         self.api.post("/proxies", json=proxy).raise_for_status()
         try:
-            yield Fault(port, name, self.api)
+            yield Fault(port, name, upstream, self.api)
         finally:
             self.api.delete(f"/proxies/{name}").raise_for_status()
 
