@@ -39,7 +39,7 @@ class Fault:
 
     port: int
     name: str
-    upstream: int
+    upstream: str
     _api: httpx.Client = field(repr=False)
 
     def latency(self, milliseconds: int, stream: Stream = "downstream") -> None:
@@ -76,7 +76,7 @@ class Fault:
         """As new. Connections that hung are closed: what was lost on them is lost."""
         for toxic in self._call("GET", "/toxics").json():
             self._call("DELETE", f"/toxics/{toxic['name']}")
-        self._set(enabled=True, upstream=f"{HOST}:{self.upstream}")
+        self._set(enabled=True, upstream=self.upstream)
 
     def _add(self, kind: str, attributes: dict[str, int], stream: str) -> None:
         self._call("POST", "/toxics", {"type": kind, "stream": stream, "attributes": attributes})
@@ -101,7 +101,7 @@ class Toxiproxy:
         proxy = {"name": name, "listen": f"{HOST}:{port}", "upstream": f"{HOST}:{upstream}", "enabled": True}
         self.api.post("/proxies", json=proxy).raise_for_status()
         try:
-            yield Fault(port, name, upstream, self.api)
+            yield Fault(port, name, f"{HOST}:{upstream}", self.api)
         finally:
             self.api.delete(f"/proxies/{name}").raise_for_status()
 
