@@ -6,9 +6,8 @@ Each tenant has a replica of his own, folded (``rotate``) from SmolLM2-135M-Inst
 float32 and computed in float32. Requests come with Zipf popularity and all at once, as many
 at a time as ``--clients``; each answer is compared with the plaintext model's greedy
 tokens under the tenant's permutation. Then swaps are timed, each beside one copy of as many
-bytes between two arrays that have been touched before: once from replicas in host memory, once
-from files that the kernel has cached but this process has not mapped. ``--replicas`` keeps
-the replicas for the next time.
+bytes between two arrays that have been touched before: from files that the kernel has cached, and before
+a GPU also from copies in host memory. ``--replicas`` keeps the replicas for the next time.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from anamorph.serve.slots.torch import TorchBackend
 from anamorph.wire.serving import PoolMember, PoolSettings
 
 ANSWER = 16
-LIMIT = 1.5  # times a copy, of a swap from host memory
+LIMIT = 1.5  # times a copy; before a GPU, of a swap from host memory
 PLACES = 8
 PROMPTS = 12
 LENGTHS = (5, 33, 70, 130)  # below one page of the cache, and several
@@ -222,7 +221,7 @@ def paired(swap: Callable[[], int], pairs: int) -> dict[str, Any]:
 
 
 def time_swaps(backend: TorchBackend, tenants: list[Tenant], pairs: int) -> dict[str, Any]:
-    """Swaps between replicas in host memory, then between such that must be mapped anew."""
+    """Swaps between replicas in files, and before a GPU between copies in host memory."""
     slot, keys = backend.slot(0), [one.member.key_id for one in tenants[:2]]
     turn = 0
 
@@ -236,7 +235,8 @@ def time_swaps(backend: TorchBackend, tenants: list[Tenant], pairs: int) -> dict
         return swap()
 
     swap()
-    return {"swap_from_host_memory": paired(swap, pairs), "swap_from_cached_files": paired(anew, pairs)}
+    kept = {} if default_device() == "cpu" else {"swap_from_host_memory": paired(swap, pairs)}
+    return kept | {"swap_from_cached_files": paired(anew, pairs)}
 
 
 def main() -> None:
@@ -258,7 +258,7 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     if result["wrong"]:
         sys.exit(f"{result['wrong']} answers were wrong")
-    swap = result["swap_from_host_memory"]["ratio"][0]
+    swap = next(value["ratio"][0] for name, value in result.items() if name.startswith("swap_from"))
     if swap > LIMIT:
         sys.exit(f"a swap takes {swap} times what copying as many bytes does, more than {LIMIT}")
 

@@ -136,9 +136,9 @@ def pool_fields(
     size = _size(observed, first)
     if size is not None and "memory_mib" not in fields:
         chosen = PoolSettings.model_validate(fields)
-        # On a GPU what nodes announce is the device's memory, and replicas in the host's take none of it.
-        host = 0 if chosen.num_gpus else chosen.host_bytes
-        fields["memory_mib"] = size.mib(num_blocks=chosen.num_blocks, copies=chosen.slots, extra=host)
+        # On a GPU what nodes announce is the device's memory, and copies in the host's take none of it;
+        # on a CPU there are none.
+        fields["memory_mib"] = size.mib(num_blocks=chosen.num_blocks, copies=chosen.slots)
     return fields
 
 

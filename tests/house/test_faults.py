@@ -129,6 +129,18 @@ def statuses(upstream: int) -> Iterator[StatusProxy]:
         yield proxy
 
 
+@pytest.mark.real
+def test_led_elsewhere_until_healed(fault: Fault, statuses: StatusProxy) -> None:
+    """The same port is another server's; healed, it is the first one's again."""
+    assert get(fault.port) == "GET /a HTTP/1.1|"
+    fault.lead_to(statuses.port)
+    statuses.inject(473)
+    assert httpx.get(f"http://{HOST}:{fault.port}/a", timeout=30, trust_env=False).status_code == 473
+    fault.heal()
+    assert get(fault.port) == "GET /a HTTP/1.1|"
+    assert len(statuses.arrived) == 1
+
+
 def test_status_proxy_injects_what_was_asked_for(statuses: StatusProxy) -> None:
     """The chosen number of requests to the chosen paths gets the status and the headers; others pass."""
     statuses.inject(473, times=2, part="/encrypt/")

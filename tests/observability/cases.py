@@ -10,7 +10,13 @@ VERSION = {"anamorph_tenant": "acme", "gen_ai_request_model": "smol"}
 PAIRS = "anamorph_canary_pairs_total"
 SEQUENCES = 'anamorph_engine_sequences_{}{{gen_ai_request_model="smol"}}'
 KEYSVC = "anamorph_keysvc_"
+DOOR = "anamorph_door_answer_duration_seconds_count"
+BROKEN = 'anamorph_door_broken_total{error_type="timeout"}'
 POOL = 'anamorph_pool_requests_total{anamorph_pool="p"'
+
+
+def door(status: int, method: str = "POST") -> str:
+    return f'{DOOR}{{http_request_method="{method}",http_response_status_code="{status}"}}'
 
 
 def ratio(measure: str, statistic: str) -> str:
@@ -27,6 +33,20 @@ CASES = {
             {REQUESTS + "}": "5x240", REQUESTS + ',error_type="unavailable"}': "5x240"},
         ],
         {"gen_ai_request_model": "smol"},
+    ),
+    "DoorErrors": Case(
+        # The operator reads usage meanwhile, all of it well.
+        {door(200): "0+95x240", door(503): "0+5x240", door(200, "GET"): "0+900x240"},
+        [
+            # Wake-ups that end well, however slow; those beyond the bound are told to come back.
+            {door(200): "0+1x240", door(429): "0+2x240"},
+            {door(200): "0+995x240", door(503): "0+5x240"},
+            {door(200): "0+50x240", door(404): "0+20x240", door(410): "0+20x240", door(401): "0+10x240"},
+            # A replica that was killed and came back, shortly before and long ago.
+            {door(200): "0+50x240", door(503): "0x194 0+20x2 40x50"},
+            {door(200): "0+50x240", door(503): "0x100 0+20x3 60x140"},
+            {door(200, "GET"): "0+1x240", door(503, "GET"): "0+1x240"},
+        ],
     ),
     "RequestsWait": Case(
         {SEQUENCES.format("running"): "4x240", SEQUENCES.format("waiting"): "9x240"},

@@ -1,11 +1,12 @@
 """Every process that tells something of itself, before one real collector and one real Prometheus.
 
-Key service, Ray with the door, an engine of its own and one behind the door, the plaintext
+Key service, Ray with the door, an engine of its own and one behind the door, a pool, the plaintext
 baseline, and the continuous canary; the operator's part is played here.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,13 +33,26 @@ from anamorph.wire.admin import (
     TenantCreate,
 )
 from anamorph.wire.keyservice import KeyService
-from anamorph.wire.serving import APP_IMPORT_PATH, DOOR_IMPORT_PATH, app_name, route_prefix
+from anamorph.wire.serving import (
+    APP_IMPORT_PATH,
+    DOOR_IMPORT_PATH,
+    POOL_IMPORT_PATH,
+    app_name,
+    pool_name,
+    route_prefix,
+)
 
-TENANT, MODEL, SLEEPER = "acme", "chat", "sleeper"
+TENANT, MODEL, SLEEPER, MEMBER, POOL = "acme", "chat", "sleeper", "member", "small"
+# What the models' records say; the first has a replica of its own that stays.
+SERVING: dict[str, dict[str, Any]] = {
+    MODEL: {},
+    SLEEPER: {"autoscaling": {"min_replicas": 0, "max_replicas": 1}},
+    MEMBER: {"placement": "shared", "pool": POOL},
+}
 VOCAB = 1_000_000
 # Exporters wait five seconds and a minute otherwise.
 QUICK = {"OTEL_BSP_SCHEDULE_DELAY": "200", "OTEL_METRIC_EXPORT_INTERVAL": "500"}
-ENCRYPTED, PLAINTEXT = "fake:?vocab_size=1000000&delay_ms=8", "fake:?vocab_size=1000000&delay_ms=4"
+ENCRYPTED, PLAINTEXT = "fake:?vocab_size=1000000&delay_ms=8", {"vocab_size": VOCAB, "delay_ms": 4}
 MATERIALIZED = Materialized(
     replica=ENCRYPTED, manifest_sha256="0" * 64, probe=Probe(prompts=((1,),), expected=((1,),))
 )
@@ -91,7 +105,8 @@ class System:
     def deploy(self, versions: list[KeyVersionRead]) -> None:
         """Write all applications as the operator does, and wait until they run."""
         jwks = [key.model_dump() for key in self.platform.inference_keys().keys]
-        apps = [self._door(versions, jwks), self._baseline(jwks), *(self._app(one, jwks) for one in versions)]
+        served = [self._pool(v, jwks) if v.model == MEMBER else self._app(v, jwks) for v in versions]
+        apps = [self._door(versions, jwks), self._baseline(jwks), *served]
         body = {
             "proxy_location": "HeadOnly",
             "http_options": self.ray.http_options(),
@@ -112,7 +127,7 @@ class System:
                 "version": one.version,
                 "key_id": one.key_id,
                 "status": "serving",
-                "app": app_name(TENANT, one.model, one.version) if one.model == SLEEPER else None,
+                "app": _behind_the_door(one),
             }
             for one in versions
         ]
@@ -126,13 +141,29 @@ class System:
         }
 
     def _app(self, one: KeyVersionRead, jwks: list[Any]) -> dict[str, Any]:
-        route = None if one.model == SLEEPER else route_prefix(TENANT, one.model, one.version)
+        route = None if _behind_the_door(one) else route_prefix(TENANT, one.model, one.version)
         args = {"tenant": TENANT, "model": one.model, "version": one.version, "key_id": one.key_id}
         return self._engine(args | {"replica": ENCRYPTED}, route, jwks)
 
+    def _pool(self, one: KeyVersionRead, jwks: list[Any]) -> dict[str, Any]:
+        member = one.model_dump(mode="json", include={"tenant", "model", "version", "key_id", "public_key"})
+        member |= {"replica": ENCRYPTED, "manifest_sha256": "0" * 64}
+        size = {"engine": "fake", "context_length": 4096}
+        return {
+            "name": pool_name(POOL),
+            "route_prefix": None,
+            "import_path": POOL_IMPORT_PATH,
+            "args": size | {"pool": POOL, "otlp_endpoint": self.collector.url},
+            "deployments": [{"name": "pool", "user_config": {"jwks": jwks, "members": [member]}}],
+        }
+
     def _baseline(self, jwks: list[Any]) -> dict[str, Any]:
+        """From a folder, so that there is something to load."""
+        base = self.folder / "plaintext"
+        base.mkdir()
+        (base / "config.json").write_text(json.dumps(PLAINTEXT))
         args = {"tenant": "plaintext", "model": MODEL, "version": 0, "protection": "plaintext"}
-        return self._engine(args | {"replica": PLAINTEXT}, route_prefix("plaintext", MODEL, 0), jwks)
+        return self._engine(args | {"replica": str(base)}, route_prefix("plaintext", MODEL, 0), jwks)
 
     def _engine(self, args: dict[str, Any], route: str | None, jwks: list[Any]) -> dict[str, Any]:
         fixed = {"engine": "fake", "context_length": 4096, "otlp_endpoint": self.collector.url}
@@ -143,6 +174,12 @@ class System:
             "args": fixed | args,
             "deployments": [{"name": "engine", "user_config": {"jwks": jwks}}],
         }
+
+
+def _behind_the_door(one: KeyVersionRead) -> str | None:
+    """The application that the door forwards to; none for a version with a route of its own."""
+    own = app_name(TENANT, one.model, one.version)
+    return {MODEL: None, SLEEPER: own, MEMBER: pool_name(POOL)}[one.model]
 
 
 def _running(apps: dict[str, Any]) -> bool:
@@ -170,8 +207,7 @@ def running_system(folder: Path, rules: list[Path]) -> Iterator[System]:
         platform = stays.enter_context(KeyService(url, key))
         system = System(folder, collector, prometheus, ray, keysvc, url, platform)
         system.tenant()
-        scaling = {"autoscaling": {"min_replicas": 0, "max_replicas": 1}}
-        versions = [system.model(MODEL), system.model(SLEEPER, serving=scaling)]
+        versions = [system.model(name, serving=serving) for name, serving in SERVING.items()]
         system.deploy(versions)
         for version in versions:
             system.activate(version)
@@ -215,4 +251,4 @@ def _canary(system: System) -> Program:
     return program
 
 
-__all__ = ["MODEL", "PATIENCE_S", "SLEEPER", "TENANT", "VOCAB", "System", "running_system"]
+__all__ = ["MEMBER", "MODEL", "PATIENCE_S", "SLEEPER", "TENANT", "VOCAB", "System", "running_system"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.observability.cases import CASES
+from tests.observability.cases import BROKEN, CASES, door
 from tests.servers.promtool import judge, promtool, rules, unit, units
 
 RULES = Path(str(files("anamorph.observability") / "alerts" / "serving.yaml"))
@@ -37,6 +37,17 @@ def test_it_fires_then_and_only_then(tmp_path: Path, alert: str) -> None:
 def test_no_canary_is_a_silent_one(tmp_path: Path) -> None:
     """Where its series are not there at all, the alert fires too."""
     judge(RULES, tmp_path, [unit("CanarySilent", {"up": "1x240"}, [{}])])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("begun", "broken", "expected"), [("0+100x240", "0+3x240", [{}]), ("0+200x240", "0+1x240", [])]
+)
+def test_answers_that_break_off_at_the_door_count(
+    tmp_path: Path, begun: str, broken: str, expected: list[dict[str, str]]
+) -> None:
+    """They have begun with a 200: three in a hundred fire, one in two hundred does not."""
+    judge(RULES, tmp_path, [unit("DoorErrors", {door(200): begun, BROKEN: broken}, expected)])
 
 
 @pytest.mark.real

@@ -15,15 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.observability.system import MODEL, QUICK, SLEEPER, TENANT, VOCAB, System, running_system
+from tests.observability.system import (
+    MEMBER,
+    MODEL,
+    QUICK,
+    SLEEPER,
+    TENANT,
+    VOCAB,
+    System,
+    running_system,
+)
 from tests.servers.otelcol import Span
+from tests.servers.promtool import rules
 
 from anamorph import telemetry
 from anamorph.client import Client
 from anamorph.observability import DASHBOARDS
-from anamorph.serve.slots.metrics import PoolMetrics
-from anamorph.telemetry import names
-from anamorph.telemetry.metrics import histogram
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
@@ -60,21 +67,12 @@ def traced(system: System, prompt: list[int]) -> list[Span]:
         for chunk in client.stream(prompt, max_tokens=9):
             timer.token(sum(len(choice.token_ids) for choice in chunk.choices))
         timer.finish(input_tokens=len(prompt))
+    with Client(system.keysvc_url, system.api_key, TENANT, MEMBER) as client:
+        assert client.complete(prompt, max_tokens=2).choices
     trace = format(span.get_span_context().trace_id, "032x")
-    _pool(observed)
     found: list[Span] = system.collector.wait(lambda _: _whole(system, trace))
     observed.shutdown()
     return found
-
-
-def _pool(observed: telemetry.Telemetry) -> None:
-    """Metrics of processes that do not run here, under the names that they have there."""
-    pool = PoolMetrics(observed.meter, "p")
-    pool.swapped(0.1, 1000)
-    pool.requested(hit=True)
-    pool.requested(hit=False)
-    start = histogram(observed.meter, names.ENGINE_COLD_START, "s", "as in serve.coldstart")
-    start.record(1, {names.PHASE: "load"})
 
 
 BUDGET = "AnamorphOverheadAboveBudget"
@@ -155,7 +153,7 @@ SOMETIMES = {"error_type", "anamorph_reason"}
 
 
 def test_every_query_names_what_is_exported(system: System, traced: list[Span]) -> None:
-    """Each metric of each panel has been scraped, under this name and with these labels."""
+    """Each metric of each panel and rule has been scraped, under this name and with these labels."""
     known: dict[str, set[str]] = {}
 
     def scraped(_: Any) -> bool:
@@ -163,7 +161,8 @@ def test_every_query_names_what_is_exported(system: System, traced: list[Span]) 
             known.setdefault(one["metric"]["__name__"], set()).update(one["metric"])
         return set(asked) <= set(known)
 
-    wanted = [selector for _, expression in expressions() for selector in selectors(expression)]
+    asking = [expression for _, expression in expressions()] + [rule["expr"] for rule in rules(RULES)]
+    wanted = [selector for expression in asking for selector in selectors(expression)]
     asked = {name for name, _ in wanted}
     assert len(asked) > 25
     try:
@@ -222,6 +221,19 @@ def test_the_answer_of_a_measurement(system: System) -> None:
     found = json.loads(overhead(*place, "--pairs=4", "--output-tokens=6", "--json"))
     assert found["pairs"] == 4
     assert found["ratios"]["tpot"]["median"] > 1
+
+
+def test_the_answer_as_a_picture(system: System) -> None:
+    """`anamorph overhead --plot`: the table, and bars of both sides with what was measured in the title."""
+    place = ["--keysvc", system.keysvc_url, "--key-file", str(system.platform_key)]
+    place += ["--serve-url", system.ray.serve_url, "--tenant", TENANT, "--model", MODEL]
+    drawn = overhead(*place, "--pairs=2", "--output-tokens=4", "--plot")
+    assert f"{MODEL}: medians of 2 pairs" in drawn
+    bars = [line for line in drawn.splitlines() if "█" in line or "░" in line]
+    assert {side for side in ("plaintext", "encrypted") if any(side in bar for bar in bars)} == {
+        "plaintext",
+        "encrypted",
+    }
 
 
 def test_the_sleeper_was_left_alone(system: System, traced: list[Span]) -> None:

@@ -157,18 +157,18 @@ def test_sleepers_share_the_room_for_one_of_them(tenants: Want, version: Build, 
 
 
 def test_ray_is_asked_for_what_was_planned(tenants: Want, version: Build, now: datetime) -> None:
-    """Per rank; for a pool all slots, their caches and what it keeps in host memory."""
+    """Per rank; for a pool all slots and their caches."""
     ranks = tenants(version(1, State.ACTIVE), serving=Serving(tensor_parallel=2))
     apps = seen(ranks, now, node(50_000)).deployed or {}
     found = apps["acme.smol.v1"].application.settings  # type: ignore[union-attr]
     assert isinstance(found, EngineSettings)
     assert found.memory_mib == 512 + 3584 // 2
     shared = Serving(placement="shared", pool="small")
-    pools = {"small": {"slots": 3, "host_bytes": 2**30}}
+    pools = {"small": {"slots": 3}}
     pooled = seen(tenants(version(1, State.ACTIVE), serving=shared, pools=pools), now, node(50_000))
     settings = (pooled.deployed or {})["shared.small"].application.settings  # type: ignore[union-attr]
     assert isinstance(settings, PoolSettings)
-    assert settings.memory_mib == 512 + 3 * 3584 + 1024
+    assert settings.memory_mib == 512 + 3 * 3584
 
 
 def test_a_member_of_a_pool_that_stands_needs_no_more_room(
@@ -176,7 +176,7 @@ def test_a_member_of_a_pool_that_stands_needs_no_more_room(
 ) -> None:
     """That is what pools are for: the slots are reserved, whoever is in them."""
     shared = Serving(placement="shared", pool="small")
-    pools = {"small": {"slots": 1, "host_bytes": 0}}
+    pools = {"small": {"slots": 1}}
     want = tenants(
         version(1, State.ACTIVE), of("globex", version(1, State.PENDING)), serving=shared, pools=pools
     )

@@ -27,6 +27,7 @@ Stream = Literal["upstream", "downstream"]  # requests and answers
 # Headers of one hop, and those that httpx writes anew because it has decoded the body.
 HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "content-length"}
 DECODED = {"content-encoding"}
+CREDENTIALS = frozenset({"x-vault-token", "authorization", "cookie"})
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Fault:
 
     port: int
     name: str
+    upstream: str
     _api: httpx.Client = field(repr=False)
 
     def latency(self, milliseconds: int, stream: Stream = "downstream") -> None:
@@ -64,19 +66,23 @@ class Fault:
 
     def cut(self) -> None:
         """End all connections and refuse new ones."""
-        self._set_enabled(False)
+        self._set(enabled=False)
+
+    def lead_to(self, port: int) -> None:
+        """End all connections; new ones go to another loopback port, such as that of a ``StatusProxy``."""
+        self._set(upstream=f"{HOST}:{port}")
 
     def heal(self) -> None:
         """As new. Connections that hung are closed: what was lost on them is lost."""
         for toxic in self._call("GET", "/toxics").json():
             self._call("DELETE", f"/toxics/{toxic['name']}")
-        self._set_enabled(True)
+        self._set(enabled=True, upstream=self.upstream)
 
     def _add(self, kind: str, attributes: dict[str, int], stream: str) -> None:
         self._call("POST", "/toxics", {"type": kind, "stream": stream, "attributes": attributes})
 
-    def _set_enabled(self, enabled: bool) -> None:
-        self._call("POST", "", {"enabled": enabled})
+    def _set(self, **changes: object) -> None:
+        self._call("POST", "", changes)
 
     def _call(self, method: str, path: str, body: Any = None) -> httpx.Response:
         return self._api.request(method, f"/proxies/{self.name}{path}", json=body).raise_for_status()
@@ -95,7 +101,7 @@ class Toxiproxy:
         proxy = {"name": name, "listen": f"{HOST}:{port}", "upstream": f"{HOST}:{upstream}", "enabled": True}
         self.api.post("/proxies", json=proxy).raise_for_status()
         try:
-            yield Fault(port, name, self.api)
+            yield Fault(port, name, f"{HOST}:{upstream}", self.api)
         finally:
             self.api.delete(f"/proxies/{name}").raise_for_status()
 
@@ -124,12 +130,16 @@ def _answers(api: httpx.Client) -> bool:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request as it reached the proxy: its path as written, query included; the status it got."""
+    """A request as it reached the proxy: its path as written, query included; the status it got.
+
+    ``headers`` are those that the proxy was asked to keep, in lower case.
+    """
 
     method: str
     path: str
     status: int
     injected: bool
+    headers: dict[str, str]
 
 
 @dataclass
@@ -153,12 +163,20 @@ class StatusProxy:
         upstream: the server's URL, such as https://127.0.0.1:8200.
         authority: the file of the authority that signed the upstream's certificate, for https.
         certificate: the files of this proxy's certificate and key; plain HTTP without.
+        keep: headers to be kept of each arrival, in lower case; never one that is a credential.
     """
 
     def __init__(
-        self, upstream: str, *, authority: Path | None = None, certificate: tuple[Path, Path] | None = None
+        self,
+        upstream: str,
+        *,
+        authority: Path | None = None,
+        certificate: tuple[Path, Path] | None = None,
+        keep: frozenset[str] = frozenset(),
     ) -> None:
+        assert not keep & CREDENTIALS, "what is kept is shown where a test fails"
         self.arrived: list[Arrival] = []
+        self._keep = keep
         self._upstream, self._authority = upstream, authority
         self._injections: list[Injection] = []
         self._lock = threading.Lock()
@@ -219,7 +237,8 @@ class StatusProxy:
         path = _target(scope)
         injection = self._take(path)
         response = _injected(injection) if injection else await self._forward(request, path)
-        self.arrived.append(Arrival(request.method, path, response.status_code, injection is not None))
+        kept = {name: value for name, value in request.headers.items() if name in self._keep}
+        self.arrived.append(Arrival(request.method, path, response.status_code, injection is not None, kept))
         await response(scope, receive, send)
 
     def _take(self, path: str) -> Injection | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -82,6 +83,34 @@ def test_two_ranks_answer_what_one_model_does(
     assert response.json()["choices"][0]["token_ids"] == greedy(tiny, prompt, 30)
     server.stop()
     until("vLLM's processes to end", lambda: not server.processes(), 30)
+
+
+def stop_a_rank(ranks: list[psutil.Process]) -> None:
+    """The last: neither of two ranks computes without the other."""
+    max(ranks, key=lambda one: one.pid).send_signal(signal.SIGSTOP)
+
+
+def test_a_rank_that_hangs_ends_the_step_before_the_request(serve: Serve, tiny: Path, issuer: Issuer) -> None:
+    """Stopped under a stream: an error event that is not the deadline's, and no process is left.
+
+    The endpoint does not come back by itself, Ray would start it again.
+    """
+    fields = {"tenant": "plaintext", "model": "tiny", "version": 0, "protection": "plaintext"}
+    size = {"context_length": 512, "num_blocks": 32, "tensor_parallel": 2, "request_timeout_s": 60}
+    server = serve({**fields, "engine": "vllm", "replica": str(tiny), **size})
+    headers = {"Authorization": f"Bearer {issuer.token(time.time(), tenant='plaintext', model='tiny')}"}
+    body = {"prompt": [7, 8, 9], "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False
+    ) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        next(lines)
+        stop_a_rank([one for one in server.processes() if "Worker" in " ".join(one.cmdline())])
+        *_, last = lines
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
+    assert httpx.get(f"{server.url}/healthz", timeout=30, trust_env=False).status_code == 503
+    server.stop()
+    until("vLLM's processes to end", lambda: not server.processes(), 60)
 
 
 def test_one_key_ids_prompts_are_no_others(tiny: Path, tmp_path: Path) -> None:

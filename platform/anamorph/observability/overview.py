@@ -26,6 +26,21 @@ OVERVIEW = Dashboard(
             limit=0.01,
         ),
         Panel(
+            "Answers of the door",
+            (
+                Query(
+                    rate(
+                        "anamorph_door_answer_duration_seconds_count",
+                        "http_response_status_code",
+                        'http_request_method="POST"',
+                    ),
+                    "{{http_response_status_code}}",
+                ),
+            ),
+            "reqps",
+            "POST, by status. A 503 is what no engine could count: asleep for good, dead, or too late.",
+        ),
+        Panel(
             "What encryption costs",
             (
                 Query(

@@ -9,7 +9,7 @@ from anamorph.replica.manifest import CHUNK, FORMAT, MANIFEST, FileEntry, Identi
 from anamorph.replica.ranged import RangedReplica
 from anamorph.replica.seal import build_manifest, seal, sign
 from anamorph.replica.store import Store, fetch
-from anamorph.replica.tensors import StoredTensor, Tensors
+from anamorph.replica.tensors import StoredTensor, Tensors, read_header
 from anamorph.replica.verify import verify
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "fetch",
     "hold",
     "keyed_tag",
+    "read_header",
     "seal",
     "sign",
     "verify",

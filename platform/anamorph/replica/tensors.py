@@ -40,6 +40,11 @@ class StoredTensor:
         """Bytes of one index of the first axis."""
         return math.prod(self.shape[1:]) * WIDTH[self.dtype]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * WIDTH[self.dtype]
+
 
 class Tensors:
     """The tensors of one replica, by name.
@@ -105,15 +110,26 @@ class Tensors:
     def _header(self, shard: str) -> Mapping[str, StoredTensor]:
         if shard not in self._headers:
             size = self._replica.size(shard)
-            first = self._replica.read(shard, 0, min(CHUNK, size))
-            check_safetensors_header(shard, first)
-            length = int.from_bytes(first[:8], "little")
-            fields = json.loads(first[8 : 8 + length])
-            fields.pop("__metadata__", None)
-            self._headers[shard] = {
-                name: _stored(shard, one, 8 + length, size) for name, one in fields.items()
-            }
+            self._headers[shard] = read_header(shard, self._replica.read(shard, 0, min(CHUNK, size)), size)
         return self._headers[shard]
+
+
+def read_header(shard: str, first: bytes, size: int) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        shard: the file's name.
+        first: its first chunk.
+        size: bytes of the whole file.
+
+    Raises:
+        ReplicaRefused: a header that cannot be true.
+    """
+    check_safetensors_header(shard, first)
+    length = int.from_bytes(first[:8], "little")
+    fields = json.loads(first[8 : 8 + length])
+    fields.pop("__metadata__", None)
+    return {name: _stored(shard, one, 8 + length, size) for name, one in fields.items()}
 
 
 def _stored(shard: str, fields: Any, data: int, size: int) -> StoredTensor:

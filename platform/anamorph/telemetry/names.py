@@ -19,6 +19,7 @@ SERVER_TOKENS: Final = "anamorph.server.tokens"
 SERVER_ACTIVE_REQUESTS: Final = "anamorph.server.active_requests"
 SERVER_QUEUE_DURATION: Final = "anamorph.server.queue.duration"
 DOOR_ANSWER_DURATION: Final = "anamorph.door.answer.duration"
+DOOR_BROKEN: Final = "anamorph.door.broken"
 ENGINE_COLD_START: Final = "anamorph.engine.cold_start"
 
 # Metrics of the side that asks for them.

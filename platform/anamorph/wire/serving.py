@@ -106,7 +106,7 @@ class PoolSettings(Message):
 
     Args:
         slots: replicas that are computed with at a time, each with a cache of ``num_blocks``.
-        host_bytes: bound of replicas kept in host memory, beyond the slots.
+        host_bytes: bound of copies kept in host memory before a GPU; on a CPU the files are read.
         max_concurrent: sequences per step of one slot.
         max_queued: sequences that one tenant may have waiting.
     """

@@ -1,22 +1,20 @@
-"""Every transition of a version's life: what comes before, the call that asks for it, the state after."""
+"""Where the life of a tenant's versions may stand, and how it comes there."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from tests.keysvc.faults.calls import Outcome, ask, until
-from tests.keysvc.faults.site import ARTIFACT, POLICY, Owner
+from tests.keysvc.faults.site import POLICY, Owner
 
-from anamorph.wire.admin import BackupCreate
 from anamorph.wire.keyservice import KeyService, everything
-from anamorph.wire.states import State
 
 if TYPE_CHECKING:
     from tests.servers.production import KeyServiceProcess
+
+PARTS = 3
 
 
 @dataclass(frozen=True)
@@ -47,22 +45,6 @@ class Place:
         return self.call(process, verb, self.owner.admin)
 
 
-Request = Callable[[Place, "KeyServiceProcess"], Outcome]
-
-
-@dataclass(frozen=True)
-class Step:
-    """``action`` is the audit log's word."""
-
-    action: str
-    arrange: Callable[[Owner], Place]
-    request: Request
-    state: State
-
-    def __str__(self) -> str:
-        return self.action
-
-
 def new(owner: Owner) -> Place:
     return Place(owner)
 
@@ -78,6 +60,13 @@ def materializing(owner: Owner) -> Place:
     place = pending(owner)
     with owner.site.platform() as platform:
         return Place(owner, place.version, platform.materialize(*owner.at, place.version).secret)
+
+
+def in_parts(owner: Owner) -> Place:
+    """MATERIALIZING in parts, none of which has its grant."""
+    place = pending(owner)
+    with owner.site.platform() as platform:
+        return Place(owner, place.version, platform.materialize(*owner.at, place.version, parts=PARTS).secret)
 
 
 def released(owner: Owner) -> Place:
@@ -97,24 +86,57 @@ def active(owner: Owner) -> Place:
     return Place(owner, owner.active())
 
 
+def replacing(owner: Owner) -> Place:
+    """STAGED, and another version is ACTIVE."""
+    owner.active()
+    version = owner.rotate()
+    owner.stage(version)
+    return Place(owner, version)
+
+
 def suspended(owner: Owner) -> Place:
+    return _suspend(active(owner))
+
+
+def draining(owner: Owner) -> Place:
     place = active(owner)
-    with owner.keys() as keys:
-        keys.suspend(*owner.at, place.version)
+    owner.active()
+    return place
+
+
+def suspended_draining(owner: Owner) -> Place:
+    return _suspend(draining(owner))
+
+
+def _suspend(place: Place) -> Place:
+    with place.owner.keys() as keys:
+        keys.suspend(*place.owner.at, place.version)
     return place
 
 
 def drained(owner: Owner) -> Place:
-    place = active(owner)
-    owner.active()
+    place = draining(owner)
     time.sleep(POLICY.grace_s)
     return place
 
 
-def scheduled(owner: Owner) -> Place:
+def retired(owner: Owner) -> Place:
     place = drained(owner)
-    with owner.site.platform() as platform, owner.keys() as keys:
+    with owner.site.platform() as platform:
         platform.retire(*owner.at, place.version)
+    return place
+
+
+def compromised(owner: Owner) -> Place:
+    place = active(owner)
+    with owner.keys() as keys:
+        keys.revoke(*owner.at, place.version)
+    return place
+
+
+def scheduled(owner: Owner) -> Place:
+    place = retired(owner)
+    with owner.keys() as keys:
         keys.destroy(*owner.at, place.version)
     return place
 
@@ -141,58 +163,3 @@ def shredding(owner: Owner) -> Place:
         (shred,) = [one for one in everything(keys.list_operations, owner.tenant) if one.kind == "shred"]
         until(lambda: keys.get_operation(owner.tenant, shred.id).phase == "await-backup")
     return place
-
-
-def rotate(place: Place, process: KeyServiceProcess) -> Outcome:
-    return ask(process, "POST", f"{place.owner.keys_path}:rotate", place.owner.admin, key="do-rotate")
-
-
-def release(place: Place, process: KeyServiceProcess) -> Outcome:
-    return place.call(process, "release", place.grant, {"purpose": "materialize"}, key=False)
-
-
-def stage(place: Place, process: KeyServiceProcess) -> Outcome:
-    return place.call(process, "stage", place.grant, ARTIFACT.model_dump(mode="json"), key=False)
-
-
-def cancel(place: Place, process: KeyServiceProcess) -> Outcome:
-    path = f"/v1/tenants/{place.owner.tenant}/operations/{place.operation}:cancel"
-    return ask(process, "POST", path, place.owner.admin, key="do-cancel")
-
-
-def by_platform(verb: str, body: Any = None, *, key: bool = True) -> Request:
-    return lambda place, process: place.platform(process, verb, body, key=key)
-
-
-def by_admin(verb: str) -> Request:
-    return lambda place, process: place.admin(process, verb)
-
-
-def backup(place: Place, process: KeyServiceProcess) -> Outcome:
-    """Lets a shredding go on."""
-    secret = place.owner.site.production.platform_key_file.read_text().strip()
-    body = BackupCreate(taken_at=datetime.now(UTC)).model_dump(mode="json")
-    return ask(process, "POST", "/v1/backups", secret, body)
-
-
-S = State
-# What callers ask for, in the order of a life.
-STEPS = (
-    Step("rotate", new, rotate, S.PENDING),
-    Step("materialize", pending, by_platform("materialize", key=False), S.MATERIALIZING),
-    Step("release", materializing, release, S.MATERIALIZING),
-    Step("stage", released, stage, S.STAGED),
-    Step("activate", staged, by_platform("activate", {"endpoint": "http://e"}), S.ACTIVE),
-    Step("suspend", active, by_admin("suspend"), S.SUSPENDED),
-    Step("resume", suspended, by_admin("resume"), S.ACTIVE),
-    Step("retire", drained, by_platform("retire"), S.RETIRED),
-    Step("restore", scheduled, by_admin("restore"), S.RETIRED),
-    Step("cancel", pending, cancel, S.FAILED),
-    Step("fail", staged, by_platform("fail", {"reason": "r"}, key=False), S.FAILED),
-    Step("revoke", active, by_admin("revoke"), S.COMPROMISED),
-    Step("destroy", failed, by_admin("destroy"), S.DESTROY_SCHEDULED),
-    Step("destroyed", failed_and_scheduled, by_platform("destroyed"), S.DESTROYED),
-)
-# What the processes do by themselves once a call has let them.
-PREPARE = Step("prepare", new, rotate, S.PENDING)
-SHRED = Step("shred", shredding, backup, S.DESTROYED)

@@ -139,7 +139,10 @@ def test_a_size_counts_weights_head_and_cache(tmp_path: Path) -> None:
     assert wide == Size(2 * stored.weights, 2 * stored.token)
     assert stored.mib(num_blocks=512) == PROCESS_MIB + -(-(stored.weights + 512 * 32 * stored.token) // 2**20)
     assert stored.mib(num_blocks=512, ranks=2) < stored.mib(num_blocks=512)
-    assert stored.mib(num_blocks=512, copies=4, extra=2**30) > 1024 + PROCESS_MIB
+    assert (
+        stored.mib(num_blocks=512, copies=4)
+        > 4 * (stored.mib(num_blocks=512) - PROCESS_MIB) - 4 + PROCESS_MIB
+    )
 
 
 @pytest.mark.parametrize("text", [None, "[]", "{"])

@@ -53,6 +53,7 @@ class Front:
     engines: Engines
     http: httpx.AsyncClient
     issuer: Issuer
+    broken: list[str]
 
     def headers(self, **claims: Any) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.issuer.token(**claims)}", KEY_ID_HEADER: KEY_ID}
@@ -80,13 +81,14 @@ async def front(issuer: Issuer, serve: Serve) -> AsyncIterator[MakeFront]:
     ) -> Front:
         app = build_app(serve(engine=FakeEngine(KEY_ID, vocab_size=500, delay_s=delay_s)).endpoint)
         engines = Engines(answer or (lambda request: respond(app, request)))
-        door = Door(engines, lambda: NOW)
+        broken: list[str] = []
+        door = Door(engines, lambda: NOW, broken=broken.append)
         place = {"tenant": "acme", "model": "smol", "version": 1, "key_id": KEY_ID, "app": "acme.smol.v1"}
         state = Route.model_validate({**place, "status": "serving", **route})
         door.reconfigure(DoorState(jwks=issuer.jwks, routes=(state,)))
         transport = httpx.ASGITransport(door.app(), raise_app_exceptions=False)
         clients.append(httpx.AsyncClient(transport=transport, base_url="http://door"))
-        return Front(door, engines, clients[-1], issuer)
+        return Front(door, engines, clients[-1], issuer, broken)
 
     yield make
     for client in clients:
@@ -232,6 +234,7 @@ async def test_a_failure_in_a_stream_is_its_last_event(front: MakeFront) -> None
     assert (answer.status_code, one, two) == (200, "1", "2")
     assert json.loads(error)["error"]["code"] == "unavailable"
     assert (await made.usage())["in_flight"] == 0
+    assert made.broken == ["unavailable"]
 
 
 async def test_a_stream_without_its_last_report_has_broken_off(front: MakeFront) -> None:
@@ -248,11 +251,13 @@ async def test_a_deadline_is_the_doors_too(front: MakeFront) -> None:
     slow = front(delay_s=0.3, request_timeout_s=0.1)
     answer = await slow.ask()
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+    assert slow.broken == []  # its status says it
     streaming = front(delay_s=0.05, request_timeout_s=0.3)
     answer = await streaming.ask(stream=True, max_tokens=100)
     *_, last = [line for line in answer.text.split("\n\n") if line]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
     assert (await streaming.usage())["in_flight"] == 0
+    assert streaming.broken == ["timeout"]
 
 
 async def test_sessions_are_made_only_where_there_are_several_replicas(front: MakeFront) -> None:

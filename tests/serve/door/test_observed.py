@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -67,6 +68,20 @@ async def test_the_time_until_an_answer_began(observed: telemetry.Telemetry) -> 
     page = observed.prometheus().decode()
     assert 'anamorph_door_answer_duration_seconds_count{http_request_method="GET"' in page
     assert "acme" not in page
+
+
+async def test_answers_that_break_off_are_counted(observed: telemetry.Telemetry) -> None:
+    """By why, from zero on: an alert looks for an increase."""
+    door = Observed(Behind(), observed)
+    assert broken(observed) == {"timeout": 0, "unavailable": 0}
+    door.broke("timeout")
+    assert broken(observed) == {"timeout": 1, "unavailable": 0}
+
+
+def broken(observed: telemetry.Telemetry) -> dict[str, float]:
+    page = observed.prometheus().decode()
+    found = re.findall(r'^anamorph_door_broken_total\{.*error_type="(\w+)".*\} (\S+)$', page, re.MULTILINE)
+    return {code: float(count) for code, count in found}
 
 
 async def test_failures_keep_their_words(observed: telemetry.Telemetry, spans: InMemorySpanExporter) -> None:

@@ -12,7 +12,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ PROMPT = [11, 12, 13]
 PLAIN, ASLEEP, SEVERAL, SLOW, DIRECT = 1, 2, 3, 4, 5
 TO_ZERO = {"min_replicas": 0, "max_replicas": 1, "idle_s": 1}
 TWO = {"min_replicas": 2, "max_replicas": 2}
+TO_TWO = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "idle_s": 1}
 
 
 def key_id(version: int) -> str:
@@ -361,3 +364,38 @@ def test_prompts_that_begin_alike_go_to_one_replica(cluster: Cluster, http: http
         ask(http, cluster, SEVERAL, prompt=[i] * PREFIX_IDS, max_tokens=1)
     until("the logs", lambda: (answered(cluster, SEVERAL) - before).total() >= 40, 20)
     assert len(answered(cluster, SEVERAL) - before) == 2
+
+
+def streams(http: httpx.Client, cluster: Cluster, version: int, n: int) -> ExitStack:
+    """``n`` answers that have begun and go on until this is closed."""
+    held = ExitStack()
+    body = {"prompt": PROMPT, "max_tokens": 1900, "stream": True}
+    url = f"{cluster.endpoint(version)}/v1/completions"
+    for _ in range(n):
+        answer = held.enter_context(http.stream("POST", url, json=body, headers=headers(cluster, version)))
+        assert answer.status_code == 200
+    return held
+
+
+def test_load_brings_another_replica_which_leaves_with_it(cluster: Cluster, http: httpx.Client) -> None:
+    """More is being answered than one replica is to have: two answer; without it, one stays."""
+    busy = 6
+    cluster.deploy(busy, routed=False, autoscaling=TO_TWO, replica="fake:?vocab_size=500&delay_ms=100")
+    running(cluster, busy)
+    cluster.door([*ROUTES, route(busy, affinity=True)])
+    until("the door to know", lambda: knows(http, cluster, busy))
+    assert cluster.replicas(busy) == 1
+    numbers = count()
+
+    def both_answer() -> bool:
+        prompt = [next(numbers)] * PREFIX_IDS
+        assert ask(http, cluster, busy, prompt=prompt, max_tokens=1) == expected(busy, 1, prompt)
+        return len(answered(cluster, busy)) == 2
+
+    with streams(http, cluster, busy, 6):
+        until("two replicas", lambda: cluster.replicas(busy) == 2)
+        until("answers of both", both_answer)
+    until("one replica", lambda: cluster.replicas(busy) == 1, 120)
+    assert ask(http, cluster, busy, max_tokens=3) == expected(busy, 3)
+    cluster.remove(busy)
+    cluster.door(ROUTES)

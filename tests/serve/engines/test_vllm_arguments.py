@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,13 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from anamorph.errors import SetupError, UnsupportedOption
+from anamorph.errors import SetupError, Unavailable, UnsupportedOption
 from anamorph.serve.applications.engine import deployment
+from anamorph.serve.engines.base import Sampling
 from anamorph.serve.engines.folder import eos_ids, read, refuse_code, refuse_decoding_rules
+from anamorph.serve.engines.vllm import plugin
 from anamorph.serve.engines.vllm.arguments import arguments, environment
-from anamorph.serve.engines.vllm.engine import load
+from anamorph.serve.engines.vllm.engine import engine_of, load
 from anamorph.wire.serving import EngineSettings
 
 CONFIG = {
@@ -143,6 +147,50 @@ def test_threads_are_divided_among_ranks() -> None:
     assert log["loggers"]["vllm.logging_utils.dump_input"]["level"] > 50  # over CRITICAL: says nothing
 
 
+@pytest.mark.parametrize(("deadline", "step"), [(300, 100), (40, 13), (2, 1)])
+def test_a_rank_that_hangs_ends_a_step_before_the_request(folder: Path, deadline: float, step: int) -> None:
+    """A third of the deadline; without it vLLM waits five minutes, and its collectives longer still."""
+    asked = {"tensor_parallel": 3, "request_timeout_s": deadline}
+    assert environment(settings(**asked), None)["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == str(step)
+    # Ranks that load wait for each other as long: no deadline of a request may end that.
+    waits = {told(folder, **asked)[f"{kind}distributed_timeout_seconds"] for kind in ("", "cpu_")}
+    assert waits == {max(60, step)}
+
+
+class Started:
+    """Stands for vLLM's ``AsyncLLM``, which is not here: takes down what it is asked, answers nothing."""
+
+    def __init__(self) -> None:
+        self.logger_manager = SimpleNamespace(stat_loggers=[None])
+        self.salts: list[str | None] = []
+
+    async def generate(self, prompt: Any, *_: Any) -> AsyncGenerator[Any, None]:
+        self.salts.append(prompt["cache_salt"])
+        return
+        yield
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two functions of vLLM that a request goes through."""
+    inputs, params = ModuleType("vllm.inputs.engine"), ModuleType("vllm.sampling_params")
+    inputs.__dict__["tokens_input"] = lambda ids, cache_salt: {"ids": ids, "cache_salt": cache_salt}
+    params.__dict__.update(SamplingParams=dict, RequestOutputKind=SimpleNamespace(DELTA=1))
+    for module in (ModuleType("vllm"), ModuleType("vllm.inputs"), inputs, params):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("key_id", ["acme.smol.v1.0123456789abcdef", "globex.smol.v1.0123456789abcdef", None])
+async def test_every_request_is_salted_with_the_key_id(folder: Path, key_id: str | None) -> None:
+    """Of the application's settings; the plaintext baseline has none."""
+    started = Started()
+    engine = engine_of(started, folder, settings(key_id=key_id))
+    with pytest.raises(Unavailable):  # no token came
+        await anext(engine.submit([1, 2], Sampling(max_tokens=1)))
+    assert started.salts == [key_id]
+
+
 def test_a_child_ends_with_its_parent() -> None:
     """What vLLM loads in its own processes: killed, a replica leaves none of them behind."""
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
@@ -177,3 +225,11 @@ def test_folders_that_name_code_are_refused(folder: Path) -> None:
     (folder / CHANGED).write_text('{"auto_map": {"AutoConfig": "here.Config"}}')
     with pytest.raises(UnsupportedOption, match="auto_map"):
         refuse_code(folder)
+
+
+def test_an_installation_without_the_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM itself would only log it, and its processes outlive a replica that is killed."""
+    plugin.check_installed()
+    monkeypatch.setattr(plugin, "NAME", "renamed since")
+    with pytest.raises(SetupError, match="install anamorph again"):
+        plugin.check_installed()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.serve.slots.conftest import Asked, Start, member
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import anamorph
 from anamorph.errors import MixedKeys, ReplicaRefused, SetupError
 from anamorph.keys import TenantKey
+from anamorph.replica import hold
 from anamorph.serve.applications.pool import open_backend
 from anamorph.serve.engines.base import Sampling
 from anamorph.serve.engines.torch import PAGE
 from anamorph.serve.slots.base import Job
-from anamorph.serve.slots.host import HostMemory, mapped
+from anamorph.serve.slots.files import Files
+from anamorph.serve.slots.host import HostMemory
 from anamorph.serve.slots.slot import TorchSlot
 from anamorph.serve.slots.torch import TorchBackend
 from anamorph.wire.serving import PoolMember, PoolSettings
@@ -65,6 +69,10 @@ class Tenant:
     def name(self) -> str:
         return self.member.tenant
 
+    @property
+    def public_key(self) -> bytes:
+        return b64decode(self.member.public_key or "")
+
     def encrypted(self, ids: list[int]) -> list[int]:
         return [self.image[token] for token in ids]
 
@@ -81,6 +89,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(base: Path) -> Any:
     torch.set_num_threads(1)
     return LlamaForCausalLM.from_pretrained(base)  # in evaluation mode
+
+
+def stored(tenant: Tenant) -> dict[str, torch.Tensor]:
+    """The tensors of a tenant's replica, as safetensors reads them."""
+    (weights,) = Path(tenant.member.replica).glob("*.safetensors")
+    return load_file(weights)
 
 
 def fold(base: Path, out: Path, name: str, profile: Any = "rotate") -> Tenant:
@@ -223,10 +237,10 @@ def test_a_swap_replaces_every_tensor(backend: TorchBackend, tenants: list[Tenan
     slot = backend.slot(0)
     for tenant in tenants[:2]:
         copied = slot.load(tenant.member.key_id)
-        stored = mapped(Path(tenant.member.replica))
+        truth = stored(tenant)
         state = slot.model.state_dict()
-        assert copied == sum(tensor.nbytes for tensor in stored.values())
-        assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+        assert copied == sum(tensor.nbytes for tensor in truth.values())
+        assert all(torch.equal(state[name], tensor) for name, tensor in truth.items())
 
 
 async def test_a_member_of_another_shape_is_refused_by_name(
@@ -278,39 +292,71 @@ def test_stored_and_computed_types_may_differ(tenants: list[Tenant]) -> None:
     for tenant in tenants[:2]:
         slot = backend.slot(0)
         slot.load(tenant.member.key_id)
-        stored = mapped(Path(tenant.member.replica))
+        truth = stored(tenant)
         state = slot.model.state_dict()
-        assert all(torch.equal(state[name], t.bfloat16()) for name, t in stored.items())
+        assert all(torch.equal(state[name], t.bfloat16()) for name, t in truth.items())
     backend.close()
+
+
+def kept_copies(tenants: list[Tenant], limit: int) -> HostMemory:
+    """As before a GPU, in memory that is not pinned."""
+    host = HostMemory(limit, pinned=False)
+    for tenant in tenants:
+        host.add(tenant.member.key_id, hold(Path(tenant.member.replica), tenant.public_key))
+    return host
 
 
 def test_host_memory_is_bounded_and_least_recently_used_goes_first(tenants: list[Tenant]) -> None:
-    """The bound holds after every use; a dropped replica comes back by itself."""
-    size = sum(tensor.nbytes for tensor in mapped(Path(tenants[0].member.replica)).values())
-    backend = opened(tenants[:4], host_bytes=2 * size + 1)
-    slot, keys = backend.slot(0), [tenant.member.key_id for tenant in tenants[:4]]
-    for key_id in (keys[0], keys[1], keys[0], keys[2]):
-        slot.load(key_id)
-        assert backend.resident_bytes() <= 2 * size + 1
-    assert list(backend._host._open) == [keys[0], keys[2]]
-    slot.load(keys[1])
-    backend.forget(keys[1])
-    assert backend.resident_bytes() == size
-    backend.close()
-    assert backend.resident_bytes() == 0
+    """The bound holds after every use; a dropped replica comes back by itself; each has its own bytes."""
+    size = sum(tensor.nbytes for tensor in stored(tenants[0]).values())
+    host = kept_copies(tenants[:4], 2 * size + 1)
+    keys = [tenant.member.key_id for tenant in tenants[:4]]
+    targets = {name: torch.empty_like(tensor) for name, tensor in stored(tenants[0]).items()}
+    for turn in (0, 1, 0, 2):
+        assert host.copy_into(keys[turn], targets) == size
+        assert all(torch.equal(targets[name], t) for name, t in stored(tenants[turn]).items())
+        assert host.resident_bytes() <= 2 * size + 1
+    host.drop(keys[1])  # it is the one that made room: nothing changes
+    assert host.resident_bytes() == 2 * size
+    host.drop(keys[0])
+    host.forget(keys[2])
+    assert host.resident_bytes() == 0
+    host.copy_into(keys[1], targets)
+    host.close()
+    assert host.resident_bytes() == 0
 
 
 def test_a_replica_larger_than_the_bound_is_held_alone(tenants: list[Tenant]) -> None:
-    """Without host memory every swap reads the files."""
-    backend = opened(tenants[:2], host_bytes=0)
+    """Without room for two, one is there."""
+    size = sum(tensor.nbytes for tensor in stored(tenants[0]).values())
+    host = kept_copies(tenants[:2], 0)
+    targets = {name: torch.empty_like(tensor) for name, tensor in stored(tenants[0]).items()}
+    for tenant in tenants[:2]:
+        host.copy_into(tenant.member.key_id, targets)
+        assert host.resident_bytes() == size
+    host.close()
+
+
+def test_on_a_cpu_nothing_is_kept_beside_the_slots(backend: TorchBackend, tenants: list[Tenant]) -> None:
+    """The files are the copy."""
     for tenant in tenants[:2]:
         backend.slot(0).load(tenant.member.key_id)
-        assert list(backend._host._open) == [tenant.member.key_id]
-    backend.close()
+    assert backend.resident_bytes() == 0
+
+
+def test_a_file_that_ends_early_is_an_error(tenants: list[Tenant], tmp_path: Path) -> None:
+    """Cut after it was opened: no tensor is taken for read."""
+    shutil.copytree(tenants[0].member.replica, tmp_path / "cut")
+    (weights,) = (tmp_path / "cut").glob("*.safetensors")
+    with Files(tmp_path / "cut") as files:
+        os.truncate(weights, weights.stat().st_size - 1)
+        with pytest.raises(SetupError, match="ends before"):
+            files.read_into(files.empty())
+    with pytest.raises(SetupError, match="cannot be read"):
+        Files(tmp_path / "cut")
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     """A pool reads no other format."""
     with pytest.raises(SetupError, match="no safetensors"):
-        mapped(tmp_path)
-    assert HostMemory(0).resident_bytes() == 0
+        Files(tmp_path)

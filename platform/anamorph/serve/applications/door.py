@@ -20,7 +20,7 @@ class DoorReplica:
     """The door as a Ray Serve replica."""
 
     def __init__(self) -> None:
-        self._door = Door(Handles())
+        self._door = Door(Handles(), broken=lambda code: self._observed.broke(code))
         self._observed = Observed(self._door.app(), telemetry.setup(_SERVICE))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

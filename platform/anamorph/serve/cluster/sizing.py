@@ -33,17 +33,16 @@ class Size:
     weights: int
     token: int
 
-    def mib(self, *, num_blocks: int, ranks: int = 1, copies: int = 1, extra: int = 0) -> int:
+    def mib(self, *, num_blocks: int, ranks: int = 1, copies: int = 1) -> int:
         """MiB of one rank.
 
         Args:
             num_blocks: of each copy's cache.
             ranks: that weights and cache are cut into.
             copies: slots of a pool, each with a cache of its own.
-            extra: bytes beside them, such as replicas in host memory.
         """
         cache = num_blocks * BLOCK_TOKENS * self.token
-        return PROCESS_MIB + -(-(copies * (self.weights + cache) // ranks + extra) // MIB)
+        return PROCESS_MIB + -(-(copies * (self.weights + cache) // ranks) // MIB)
 
 
 def read_size(folder: Path, dtype: Dtype = "auto") -> Size | None:

@@ -54,11 +54,17 @@ class Door:
         engines: the way to applications.
         clock: seconds since the epoch, for tokens.
         source: name of this process in usage reports, unique per start.
+        broken: told the code of what ends an answer after its beginning, which has said 200.
     """
 
     def __init__(
-        self, engines: Engines, clock: Callable[[], float] = time.time, source: str | None = None
+        self,
+        engines: Engines,
+        clock: Callable[[], float] = time.time,
+        source: str | None = None,
+        broken: Callable[[str], None] = lambda _code: None,
     ) -> None:
+        self._broken = broken
         self._engines = engines
         self._clock = clock
         self._source = source or uuid.uuid4().hex
@@ -131,7 +137,7 @@ class Door:
         with self._tally(route).hold(route.max_held) as held:
             session = self._affinity.session(route.key_id, body) if route.affinity else ""
             pieces = self._engines.call(route.app, _forwarded(request, route, path, body), session)
-            relay = Relay(send, self._tally(route), held)
+            relay = Relay(send, self._tally(route), held, self._broken)
             await while_connected(request.receive, relay.run(pieces, deadline))
 
 

@@ -1,4 +1,4 @@
-"""The door as telemetry sees it: a span for each request, and the time until its answer began."""
+"""The door as telemetry sees it: a span for each request, the time until its answer began, and breaks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from anamorph.telemetry import Telemetry, clean, names, traces
 from anamorph.telemetry.metrics import histogram
 
 _METHODS = frozenset({"GET", "POST"})
+# Why an answer breaks off; counted from zero, so that the first one shows as an increase.
+_BREAKS = ("timeout", "unavailable")
 
 
 class Observed:
@@ -40,6 +42,15 @@ class Observed:
         self._answers = histogram(
             telemetry.meter, names.DOOR_ANSWER_DURATION, "s", "Time until the door began to answer"
         )
+        self._breaks = telemetry.meter.create_counter(
+            names.DOOR_BROKEN, "{request}", "Answers that broke off after they had begun"
+        )
+        for code in _BREAKS:
+            self._breaks.add(0, clean({names.ERROR_TYPE: code}))
+
+    def broke(self, code: str) -> None:
+        """Count an answer that has begun, with a 200, and broke off."""
+        self._breaks.add(1, clean({names.ERROR_TYPE: code}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or relative_path(scope) == "/healthz":

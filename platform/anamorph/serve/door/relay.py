@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from contextlib import aclosing, suppress
 
 from starlette.types import Send
@@ -28,9 +29,11 @@ class Relay:
         send: of the request.
         tally: counts what crosses.
         held: told when the answer begins.
+        broken: told the code of what ends an answer after its beginning.
     """
 
-    def __init__(self, send: Send, tally: Tally, held: Held) -> None:
+    def __init__(self, send: Send, tally: Tally, held: Held, broken: Callable[[str], None]) -> None:
+        self._broken = broken
         self._send = send
         self._tally = tally
         self._held = held
@@ -79,6 +82,8 @@ class Relay:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _fail(self, error: ServiceError) -> None:
+        if self._begin is not None and error.code is not None:
+            self._broken(error.code)
         if self._begin is None or not _is_stream(self._begin):
             raise error
         event = json.dumps(problems.openai_error(error), separators=(",", ":"))

@@ -226,7 +226,7 @@ def _torch(settings: EngineSettings, folder: Path, threads: int | None) -> Engin
 
 
 def _vllm(settings: EngineSettings, folder: Path, threads: int | None) -> Engine:
-    # Imported here: it reads vLLM's own package, which only an image for it holds.
+    # Imported here: it reads vLLM's own package, which only an environment for it holds.
     from anamorph.serve.engines.vllm.engine import load
 
     return load(folder, settings, threads=threads)

@@ -1,55 +1,168 @@
-"""Replicas in host memory, from which slots are filled: mapped files, or pinned copies for a GPU."""
+"""What slots are filled from: pinned copies in host memory for a GPU, the files themselves for a CPU."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from anamorph.errors import SetupError
 from anamorph.replica import Held
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-def mapped(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files, as views of mapped pages: nothing is read yet.
-
-    Raises:
-        SetupError: there are none, or a file cannot be read.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as shard:
-                tensors.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise SetupError(f"a safetensors file cannot be read: {type(error).__name__}") from error
-    if not tensors:
-        raise SetupError("the replica has no safetensors files; a pool reads no others")
-    return tensors
+from anamorph.serve.slots.files import Files, Tensors
 
 
-class _Pinned:
-    """Copies of tensors in page-locked memory, which a GPU reads at the rate of its bus.
+class Source(Protocol):
+    """Verified replicas by key id.
 
-    Registered by hand: torch's own pinned allocator rounds up to a power of two.
+    Copying, forgetting and closing are one thread's; the others may add and ask.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
-        self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        for tensor in self.tensors.values():
-            _check(_cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+    def add(self, key_id: str, held: Held) -> None:
+        """Know a verified replica; it is held until ``forget``."""
+        ...
+
+    def copy_into(self, key_id: str, targets: Tensors, stream: Any = None) -> int:
+        """Copy a replica into tensors of the same names and shapes; returns the bytes read.
+
+        Raises:
+            ReplicaRefused: its files changed since they were verified; the targets hold rubbish.
+            SetupError: they cannot be read.
+        """
+        ...
+
+    def forget(self, key_id: str) -> None:
+        """Let the node's cache have a replica's files."""
+        ...
+
+    def drop(self, key_id: str) -> None:
+        """Keep no copy of a replica; its verified files bring it back at the next use."""
+        ...
+
+    def resident_bytes(self) -> int:
+        """Bytes of the copies that this process keeps."""
+        ...
 
     def close(self) -> None:
-        for tensor in self.tensors.values():
-            _check(_cudart().cudaHostUnregister(tensor.data_ptr()))
-        self.tensors = {}
+        """Forget everything."""
+        ...
+
+
+class _Members:
+    """Replicas that are held, by key id."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Held] = {}
+        self._lock = threading.RLock()
+
+    def add(self, key_id: str, held: Held) -> None:
+        with self._lock:
+            self._held[key_id] = held
+
+    def forget(self, key_id: str) -> None:
+        with self._lock:
+            self.drop(key_id)
+            held = self._held.pop(key_id, None)
+            if held is not None:
+                held.close()
+
+    def drop(self, key_id: str) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        for key_id in list(self._held):
+            self.forget(key_id)
+
+
+class PageCache(_Members):
+    """For slots on a CPU: the kernel keeps files in memory as long as it can; a copy would be one more."""
+
+    def copy_into(self, key_id: str, targets: Tensors, stream: Any = None) -> int:  # noqa: ARG002 -- of a GPU
+        with self._lock:
+            held = self._held[key_id]
+        with Files(held.folder) as files:
+            copied = files.read_into(targets)
+        # Afterwards: what was copied is what was verified, or it is not used.
+        held.check_unchanged()
+        return copied
+
+    def resident_bytes(self) -> int:
+        return 0
+
+
+class HostMemory(_Members):
+    """For slots on a GPU: copies in host memory.
+
+    Beyond ``limit`` bytes the least recently used ones are dropped, but not the one in use, so the bound
+    is ``limit`` or one replica, whichever is more.
+
+    Args:
+        limit: bytes.
+        pinned: page-locked memory, which a GPU reads at the rate of its bus; where there is none, ordinary.
+    """
+
+    def __init__(self, limit: int, *, pinned: bool) -> None:
+        super().__init__()
+        self._limit = limit
+        self._pinned = pinned
+        self._copies: OrderedDict[str, _Copy] = OrderedDict()
+
+    def copy_into(self, key_id: str, targets: Tensors, stream: Any = None) -> int:
+        with self._lock:
+            held, copy = self._held[key_id], self._copy_of(key_id)
+        with torch.no_grad(), torch.cuda.stream(stream):  # without a stream this does nothing
+            for name, tensor in copy.tensors.items():
+                targets[name].copy_(tensor, non_blocking=stream is not None)
+        if stream is not None:
+            stream.synchronize()
+        held.check_unchanged()
+        return copy.nbytes
+
+    def drop(self, key_id: str) -> None:
+        with self._lock:
+            copy = self._copies.pop(key_id, None)
+        if copy is not None:
+            copy.close()
+
+    def resident_bytes(self) -> int:
+        with self._lock:
+            return sum(copy.nbytes for copy in self._copies.values())
+
+    def _copy_of(self, key_id: str) -> _Copy:
+        if key_id not in self._copies:
+            with Files(self._held[key_id].folder) as files:
+                self._make_room(files.nbytes)
+                self._copies[key_id] = _Copy(files, pinned=self._pinned)
+        self._copies.move_to_end(key_id)
+        return self._copies[key_id]
+
+    def _make_room(self, wanted: int) -> None:
+        for key_id in list(self._copies):
+            if self.resident_bytes() + wanted <= self._limit:
+                return
+            self.drop(key_id)
+
+
+class _Copy:
+    """A replica in host memory.
+
+    Pinned by hand: torch's own pinned allocator rounds up to a power of two.
+    """
+
+    def __init__(self, files: Files, *, pinned: bool) -> None:
+        self.tensors = files.empty()
+        self.nbytes = files.read_into(self.tensors)
+        self._registered: list[int] = []
+        if pinned:
+            for tensor in self.tensors.values():
+                _check(_cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+                self._registered.append(tensor.data_ptr())
+
+    def close(self) -> None:
+        for place in self._registered:
+            _check(_cudart().cudaHostUnregister(place))
+        self._registered, self.tensors = [], {}
 
 
 def new_stream(device: torch.device) -> Any:
@@ -64,104 +177,3 @@ def _cudart() -> Any:
 def _check(status: Any) -> None:
     if int(status) != 0:
         raise SetupError(f"CUDA cannot pin host memory (error {int(status)}); lower host_bytes")
-
-
-class HostMemory:
-    """Replicas by key id; beyond ``limit`` bytes the least recently used ones are dropped.
-
-    What is dropped comes back from its verified files at the next use. The replica in use
-    is never dropped, so the bound is ``limit`` or one replica, whichever is more. Copying,
-    forgetting and closing are one thread's; the others may add and ask.
-
-    Args:
-        limit: bytes.
-        pinned: hold copies in page-locked memory instead of mapping the files.
-    """
-
-    def __init__(self, limit: int, *, pinned: bool = False) -> None:
-        self._limit = limit
-        self._pinned = pinned
-        self._held: dict[str, Held] = {}
-        self._open: OrderedDict[str, tuple[Tensors, _Pinned | None]] = OrderedDict()
-        self._lock = threading.RLock()
-
-    def add(self, key_id: str, held: Held) -> None:
-        """Know a verified replica; it is held until ``forget``."""
-        with self._lock:
-            self._held[key_id] = held
-
-    def copy_into(self, key_id: str, targets: Tensors, stream: Any = None) -> int:
-        """Copy a replica into tensors of the same names and shapes; returns the bytes read.
-
-        Raises:
-            ReplicaRefused: its files changed since they were verified; the targets hold rubbish.
-            SetupError: they cannot be read.
-        """
-        with self._lock:
-            held, tensors = self._held[key_id], self._opened(key_id)
-        copied = _copy(tensors, targets, stream)
-        # Afterwards: what was copied is what was verified, or it is not used.
-        held.check_unchanged()
-        with self._lock:
-            self._trim(keep=key_id)
-        return copied
-
-    def forget(self, key_id: str) -> None:
-        """Drop a replica and let the node's cache have its files."""
-        with self._lock:
-            self._drop(key_id)
-            held = self._held.pop(key_id, None)
-            if held is not None:
-                held.close()
-
-    def drop(self, key_id: str) -> None:
-        """Drop a replica; its verified files bring it back at the next use."""
-        with self._lock:
-            self._drop(key_id)
-
-    def resident_bytes(self) -> int:
-        """Bytes of the replicas that are mapped or pinned."""
-        with self._lock:
-            return sum(_nbytes(tensors) for tensors, _ in self._open.values())
-
-    def close(self) -> None:
-        """Forget everything."""
-        for key_id in list(self._held):
-            self.forget(key_id)
-
-    def _opened(self, key_id: str) -> Tensors:
-        if key_id not in self._open:
-            tensors: Tensors = mapped(self._held[key_id].folder)
-            pinned = None
-            if self._pinned:
-                self._trim(room=_nbytes(tensors))
-                pinned = _Pinned(tensors)
-                tensors = pinned.tensors
-            self._open[key_id] = tensors, pinned
-        self._open.move_to_end(key_id)
-        return self._open[key_id][0]
-
-    def _trim(self, *, keep: str | None = None, room: int = 0) -> None:
-        for key_id in list(self._open):
-            if self.resident_bytes() + room <= self._limit:
-                return
-            if key_id != keep:
-                self._drop(key_id)
-
-    def _drop(self, key_id: str) -> None:
-        _, pinned = self._open.pop(key_id, (None, None))
-        if pinned is not None:
-            pinned.close()
-
-
-def _copy(tensors: Tensors, targets: Tensors, stream: Any) -> int:
-    with torch.no_grad(), torch.cuda.stream(stream):  # without a stream this does nothing
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor, non_blocking=stream is not None)
-    if stream is not None:
-        stream.synchronize()
-    return _nbytes(tensors)
-
-
-def _nbytes(tensors: Tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())

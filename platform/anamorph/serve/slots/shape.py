@@ -11,7 +11,7 @@ import torch
 
 from anamorph.errors import UnsupportedOption, WrongShape
 from anamorph.serve.engines import folder as configuration
-from anamorph.serve.slots.host import mapped
+from anamorph.serve.slots.files import Files
 
 # Settings that each key places elsewhere, and the version of the library that wrote the file.
 _SPECIAL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "decoder_start")
@@ -33,7 +33,8 @@ class Shape:
             SetupError: files are missing or cannot be read.
         """
         config = configuration.read(folder, configuration.CONFIG)
-        tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in mapped(folder).items()}
+        with Files(folder) as files:
+            tensors = files.shapes
         return cls({name: value for name, value in config.items() if name not in _ITS_OWN}, tensors)
 
     def check(self, other: Shape) -> None:

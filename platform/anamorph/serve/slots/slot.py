@@ -16,7 +16,7 @@ from anamorph.serve.engines.base import Token
 from anamorph.serve.engines.sampler import Drawn, Sampler
 from anamorph.serve.engines.torch import Capacity, delivered, manager_of
 from anamorph.serve.slots.base import Delivery, Job
-from anamorph.serve.slots.host import HostMemory, new_stream
+from anamorph.serve.slots.host import Source, new_stream
 
 
 class _Outputs(OutputRouter):
@@ -53,15 +53,15 @@ class TorchSlot:
     Args:
         model: a transformers causal language model in evaluation mode.
         capacity: sizes of batch and cache.
-        host: where replicas come from.
+        source: where replicas come from.
         names: of the module's tensors that a replica fills.
     """
 
-    def __init__(self, model: Any, capacity: Capacity, host: HostMemory, names: Sequence[str]) -> None:
+    def __init__(self, model: Any, capacity: Capacity, source: Source, names: Sequence[str]) -> None:
         self.model = model
         self.key_id: str | None = None
         self._generation = 0
-        self._host = host
+        self._source = source
         state = model.state_dict()
         self._targets = {name: state[name] for name in names}
         self._stream = new_stream(model.device)
@@ -80,7 +80,7 @@ class TorchSlot:
         self.key_id = None
         self._generation += 1
         self._flush()
-        copied = self._host.copy_into(key_id, self._targets, self._stream)
+        copied = self._source.copy_into(key_id, self._targets, self._stream)
         self.key_id = key_id
         return copied
 

@@ -1,4 +1,4 @@
-"""The slots of the torch engine, made of the first member and filled from host memory."""
+"""The slots of the torch engine, made of the first member and filled from host memory or files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from anamorph.replica import Held
 from anamorph.serve.engines import folder as configuration
 from anamorph.serve.engines.torch import PAGE, Capacity, default_device, load_model
 from anamorph.serve.slots.base import Opened
-from anamorph.serve.slots.host import HostMemory, mapped
+from anamorph.serve.slots.files import Files
+from anamorph.serve.slots.host import HostMemory, PageCache, Source
 from anamorph.serve.slots.shape import Shape
 from anamorph.serve.slots.slot import TorchSlot
 from anamorph.wire.serving import PoolMember, PoolSettings
@@ -42,7 +43,8 @@ class TorchBackend:
         self._capacity = capacity
         self._hold = hold
         self._device = device or default_device()
-        self._host = HostMemory(settings.host_bytes, pinned=self._device.startswith("cuda"))
+        on_cpu = self._device == "cpu"
+        self._source: Source = PageCache() if on_cpu else HostMemory(settings.host_bytes, pinned=True)
         self._shape: Shape | None = None
         self._slots: list[TorchSlot] = []
         self._lock = threading.Lock()
@@ -58,7 +60,7 @@ class TorchBackend:
         except BaseException:
             held.close()
             raise
-        self._host.add(member.key_id, held)
+        self._source.add(member.key_id, held)
         length = min(self._capacity.context_length, (self._capacity.num_blocks - 1) * PAGE)
         return Opened(vocab_size, length, configuration.eos_ids(held.folder))
 
@@ -72,30 +74,33 @@ class TorchBackend:
 
     def _make_slots(self, held: Held) -> None:
         model = load_model(held.folder, self._settings.dtype).eval().to(self._device)
-        targets = _targets(model, mapped(held.folder))
+        with Files(held.folder) as files:
+            stored = files.empty()
+            files.read_into(stored)
+        targets = _targets(model, stored)
         held.check_unchanged()
         models = [model, *(copy.deepcopy(model) for _ in range(1, self._settings.slots))]
-        self._slots = [TorchSlot(one, self._capacity, self._host, tuple(targets)) for one in models]
+        self._slots = [TorchSlot(one, self._capacity, self._source, tuple(targets)) for one in models]
 
     def slot(self, index: int) -> TorchSlot:
         """The slots are of one kind; which one holds what is the scheduler's to say."""
         return self._slots[index]
 
     def forget(self, key_id: str) -> None:
-        """Free the host memory of a member."""
-        self._host.forget(key_id)
+        """Free what is kept of a member."""
+        self._source.forget(key_id)
 
     def drop(self, key_id: str) -> None:
-        """Drop a member's replica from host memory; its files bring it back."""
-        self._host.drop(key_id)
+        """Keep no copy of a member's replica; its files bring it back."""
+        self._source.drop(key_id)
 
     def resident_bytes(self) -> int:
         """Bytes of replicas in host memory, beyond the slots."""
-        return self._host.resident_bytes()
+        return self._source.resident_bytes()
 
     def close(self) -> None:
         """Forget all replicas."""
-        self._host.close()
+        self._source.close()
 
 
 def _targets(model: Any, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

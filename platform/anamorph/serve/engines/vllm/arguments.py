@@ -17,6 +17,8 @@ PAGE = 32  # tokens per block of the cache, as in the torch engine
 # vLLM's share of a device, or of the part of it that Ray reserves.
 _GPU_SHARE = 0.9
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Ranks wait for each other as long while they load, and one may read its slices more slowly.
+_LOADING_S = 60
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Read by vLLM when it is imported, and by the processes that it starts.
 _ENVIRONMENT = {
@@ -37,9 +39,20 @@ _ENVIRONMENT = {
 
 def environment(settings: EngineSettings, threads: int | None) -> dict[str, str]:
     """Environment variables; ``threads`` are for arithmetic on the CPU, all ranks together."""
+    # A whole step, hence also every collective in it; vLLM's own five minutes are no request's time.
+    chosen = {**_ENVIRONMENT, "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(step_s(settings))}
     if threads is None:
-        return dict(_ENVIRONMENT)
-    return {**_ENVIRONMENT, "OMP_NUM_THREADS": str(max(1, threads // Layout.of(settings).ranks))}
+        return chosen
+    return {**chosen, "OMP_NUM_THREADS": str(max(1, threads // Layout.of(settings).ranks))}
+
+
+def step_s(settings: EngineSettings) -> int:
+    """Longest step of several ranks, in whole seconds: a rank that hangs is one that takes longer.
+
+    It leaves a request time to hear of it. Longer than a collective of the torch engine: a step is
+    all the arithmetic of a batch.
+    """
+    return max(1, int(settings.request_timeout_s / 3))
 
 
 def arguments(folder: Path, config: Mapping[str, Any], settings: EngineSettings) -> dict[str, Any]:
@@ -63,7 +76,7 @@ def arguments(folder: Path, config: Mapping[str, Any], settings: EngineSettings)
         "load_format": "safetensors",
         "generation_config": "vllm",
         "dtype": dtype,
-        "max_model_len": _context_length(config, settings),
+        "max_model_len": context_length(config, settings),
         "block_size": PAGE,
         "num_gpu_blocks_override": settings.num_blocks,
         "max_num_seqs": settings.max_concurrent,
@@ -93,7 +106,8 @@ def _dtype(folder: Path, config: Mapping[str, Any], settings: EngineSettings) ->
     return _STORED[stored]
 
 
-def _context_length(config: Mapping[str, Any], settings: EngineSettings) -> int:
+def context_length(config: Mapping[str, Any], settings: EngineSettings) -> int:
+    """Ids of prompt and answer together: what is asked for, the cache holds and the model can."""
     # One block of the cache stays empty, in vLLM as in the torch engine.
     fits = min(settings.context_length, (settings.num_blocks - 1) * PAGE)
     return min(fits, int(config.get("max_position_embeddings", fits)))
@@ -103,10 +117,13 @@ def _ranks(config: Mapping[str, Any], settings: EngineSettings) -> dict[str, Any
     layout = Layout.of(settings)
     check_layout(config, layout, settings.num_gpus)
     several = "ray" if settings.num_gpus else "mp"
+    wait_s = max(_LOADING_S, step_s(settings))
     return {
         "tensor_parallel_size": layout.tensor,
         "pipeline_parallel_size": layout.pipeline,
         "distributed_executor_backend": several if layout.ranks > 1 else None,
+        "distributed_timeout_seconds": wait_s,
+        "cpu_distributed_timeout_seconds": wait_s,
     }
 
 

@@ -22,7 +22,8 @@ from typing import Any
 from anamorph.errors import BadRequest, SetupError, Unavailable
 from anamorph.serve.engines import folder as files
 from anamorph.serve.engines.base import Load, Sampling, Token, finish_reason
-from anamorph.serve.engines.vllm.arguments import arguments, environment
+from anamorph.serve.engines.vllm import plugin
+from anamorph.serve.engines.vllm.arguments import arguments, context_length, environment
 from anamorph.serve.engines.vllm.watch import watch_class
 from anamorph.wire.serving import EngineSettings
 
@@ -50,18 +51,26 @@ def load(folder: Path, settings: EngineSettings, *, threads: int | None = None) 
     """
     if find_spec("vllm") is None:
         raise SetupError("the vLLM engine needs vLLM in this environment: pip install 'anamorph[vllm]'")
+    plugin.check_installed()
     files.refuse_code(folder)
     files.refuse_decoding_rules(folder)
     config = files.read(folder, files.CONFIG)
     chosen = arguments(folder, config, settings)
     os.environ.update(environment(settings, threads))
+    return engine_of(_start(chosen), folder, settings)
+
+
+def engine_of(started: Any, folder: Path, settings: EngineSettings) -> VllmEngine:
+    """A running ``AsyncLLM`` as the engine of one application: its key id salts the cache."""
+    config = files.read(folder, files.CONFIG)
     return VllmEngine(
-        _start(chosen),
+        started,
         vocab_size=int(config["vocab_size"]),
-        context_length=chosen["max_model_len"],
+        context_length=context_length(config, settings),
         eos_ids=files.eos_ids(folder),
         salt=settings.key_id,
-        stall_s=settings.request_timeout_s,
+        # After what bounds a step of several ranks, and before the requests' own deadline.
+        stall_s=settings.request_timeout_s / 2,
     )
 
 

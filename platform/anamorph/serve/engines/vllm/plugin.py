@@ -10,8 +10,26 @@ import multiprocessing
 import os
 import signal
 import threading
+from importlib.metadata import entry_points
+
+from anamorph.errors import SetupError
 
 NAME = "anamorph"
+_GROUP = "vllm.general_plugins"
+
+
+def check_installed() -> None:
+    """Refuse an installation in which vLLM would not find this plugin: it only logs that, and starts.
+
+    Raises:
+        SetupError: says to install anamorph again.
+    """
+    wanted = f"{__name__}:{end_with_parent.__name__}"
+    if wanted not in {found.value for found in entry_points(group=_GROUP, name=NAME)}:
+        raise SetupError(
+            "vLLM would not find the plugin that ends its processes with the replica: "
+            "install anamorph again in this environment"
+        )
 
 
 def end_with_parent() -> None:
