@@ -165,7 +165,7 @@ def _link(proxies: Toxiproxy, upstream: str) -> Iterator[Fault]:
     name, port = f"link-{secrets.token_hex(4)}", free_port()
     proxy = {"name": name, "listen": f"{HOST}:{port}", "upstream": upstream, "enabled": True}
     proxies.api.post("/proxies", json=proxy).raise_for_status()
-    yield Fault(port, name, proxies.api)
+    yield Fault(port, name, upstream, proxies.api)
 
 
 def _credentials_by_file(store: ObjectStore, folder: Path, ends: ExitStack) -> None:

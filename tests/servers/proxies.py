@@ -32,14 +32,14 @@ CREDENTIALS = frozenset({"x-vault-token", "authorization", "cookie"})
 
 @dataclass
 class Fault:
-    """A port before a server, and what goes wrong on it; faults add up until ``heal``.
+    """A port before ``upstream``, and what goes wrong on it; faults add up until ``heal``.
 
     TLS passes through: the certificate of a server on 127.0.0.1 is good for this port too.
     """
 
     port: int
     name: str
-    upstream: int
+    upstream: str
     _api: httpx.Client = field(repr=False)
 
     def latency(self, milliseconds: int, stream: Stream = "downstream") -> None:
@@ -76,7 +76,7 @@ class Fault:
         """As new. Connections that hung are closed: what was lost on them is lost."""
         for toxic in self._call("GET", "/toxics").json():
             self._call("DELETE", f"/toxics/{toxic['name']}")
-        self._set(enabled=True, upstream=f"{HOST}:{self.upstream}")
+        self._set(enabled=True, upstream=self.upstream)
 
     def _add(self, kind: str, attributes: dict[str, int], stream: str) -> None:
         self._call("POST", "/toxics", {"type": kind, "stream": stream, "attributes": attributes})
@@ -97,11 +97,11 @@ class Toxiproxy:
     @contextmanager
     def proxy(self, upstream: int) -> Iterator[Fault]:
         """A healthy port before the loopback port ``upstream``, closed at the end."""
-        name, port = f"fault-{secrets.token_hex(4)}", free_port()
-        proxy = {"name": name, "listen": f"{HOST}:{port}", "upstream": f"{HOST}:{upstream}", "enabled": True}
+        name, port, server = f"fault-{secrets.token_hex(4)}", free_port(), f"{HOST}:{upstream}"
+        proxy = {"name": name, "listen": f"{HOST}:{port}", "upstream": server, "enabled": True}
         self.api.post("/proxies", json=proxy).raise_for_status()
         try:
-            yield Fault(port, name, upstream, self.api)
+            yield Fault(port, name, server, self.api)
         finally:
             self.api.delete(f"/proxies/{name}").raise_for_status()
 
