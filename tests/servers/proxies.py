@@ -32,7 +32,7 @@ CREDENTIALS = frozenset({"x-vault-token", "authorization", "cookie"})
 
 @dataclass
 class Fault:
-    """A port before a server, and what goes wrong on it; faults add up until ``heal``.
+    """A port before ``upstream``, and what goes wrong on it; faults add up until ``heal``.
 
     TLS passes through: the certificate of a server on 127.0.0.1 is good for this port too.
     """
@@ -97,11 +97,11 @@ class Toxiproxy:
     @contextmanager
     def proxy(self, upstream: int) -> Iterator[Fault]:
         """A healthy port before the loopback port ``upstream``, closed at the end."""
-        name, port = f"fault-{secrets.token_hex(4)}", free_port()
-        proxy = {"name": name, "listen": f"{HOST}:{port}", "upstream": f"{HOST}:{upstream}", "enabled": True}
+        name, port, server = f"fault-{secrets.token_hex(4)}", free_port(), f"{HOST}:{upstream}"
+        proxy = {"name": name, "listen": f"{HOST}:{port}", "upstream": server, "enabled": True}
         self.api.post("/proxies", json=proxy).raise_for_status()
         try:
-            yield Fault(port, name, f"{HOST}:{upstream}", self.api)
+            yield Fault(port, name, server, self.api)
         finally:
             self.api.delete(f"/proxies/{name}").raise_for_status()
 
