@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ class VllmProcess:
 
     def stop(self) -> None:
         self._program.stop()
+
+    def kill(self) -> None:
+        """End all of it at once, also what a test has stopped."""
+        left = self.processes()
+        self.stop()
+        for one in left:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
     def processes(self) -> list[psutil.Process]:
         """What it started and what those started, whatever has become of their parents."""

@@ -128,4 +128,4 @@ def serve(tmp_path_factory: pytest.TempPathFactory, issuer: Issuer) -> Iterator[
 
     yield start
     for one in started:
-        one.stop()
+        one.kill()

@@ -100,12 +100,13 @@ def test_a_rank_that_hangs_ends_the_step_before_the_request(serve: Serve, tiny: 
     server = serve({**fields, "engine": "vllm", "replica": str(tiny), **size})
     headers = {"Authorization": f"Bearer {issuer.token(time.time(), tenant='plaintext', model='tiny')}"}
     body = {"prompt": [7, 8, 9], "max_tokens": 500, "ignore_eos": True, "stream": True}
+    ranks = [one for one in server.processes() if "Worker" in " ".join(one.cmdline())]
     with httpx.stream(
         "POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False
     ) as stream:
         lines = (line for line in stream.iter_lines() if line)
         next(lines)
-        stop_a_rank([one for one in server.processes() if "Worker" in " ".join(one.cmdline())])
+        stop_a_rank(ranks)
         *_, last = lines
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
     assert httpx.get(f"{server.url}/healthz", timeout=30, trust_env=False).status_code == 503
