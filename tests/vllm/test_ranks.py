@@ -110,6 +110,8 @@ def test_a_rank_that_hangs_ends_the_step_before_the_request(serve: Serve, tiny: 
         *_, last = lines
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
     assert httpx.get(f"{server.url}/healthz", timeout=30, trust_env=False).status_code == 503
+    # vLLM ends them by itself, the stopped one with SIGKILL; nobody else could.
+    until("the ranks to end", lambda: not any(one in ranks for one in server.processes()), 60)
     server.stop()
     until("vLLM's processes to end", lambda: not server.processes(), 60)
 

@@ -116,6 +116,8 @@ def test_several_ranks_run_under_ray_on_gpus_only(folder: Path) -> None:
     assert told(folder)["distributed_executor_backend"] is None
     assert told(folder, tensor_parallel=3)["distributed_executor_backend"] == "mp"
     assert told(folder, pipeline_parallel=2, num_gpus=1)["distributed_executor_backend"] == "ray"
+    stages = told(folder, pipeline_parallel=2)  # on a CPU they must have run once before the first request
+    assert ("enforce_eager" in stages, stages["compilation_config"]["backend"]) == (False, "eager")
     with pytest.raises(SetupError, match="num_gpus"):
         told(folder, tensor_parallel=3, num_gpus=0.5)
 

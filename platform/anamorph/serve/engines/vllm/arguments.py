@@ -20,6 +20,9 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Ranks wait for each other as long while they load, and one may read its slices more slowly.
 _LOADING_S = 60
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# As good as eager, but the model runs once before the first request. Without that, in vLLM 0.32 on the CPU,
+# stages after the first have no room for what they receive, and the first request fails.
+_TRACED = {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"}
 # Read by vLLM when it is imported, and by the processes that it starts.
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -132,7 +135,8 @@ def _device(config: Mapping[str, Any], settings: EngineSettings, dtype: str) -> 
         return {"gpu_memory_utilization": _GPU_SHARE * min(1.0, settings.num_gpus)}
     # On the CPU vLLM would reserve a share of all memory before it counts blocks; and its
     # compiler takes longer than a test engine's whole life.
-    return {"enforce_eager": True, "kv_cache_memory_bytes": _cache_bytes(config, settings, dtype)}
+    eager = {"enforce_eager": True} if settings.pipeline_parallel == 1 else {"compilation_config": _TRACED}
+    return {**eager, "kv_cache_memory_bytes": _cache_bytes(config, settings, dtype)}
 
 
 def _cache_bytes(config: Mapping[str, Any], settings: EngineSettings, dtype: str) -> int:
