@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.serve.conftest import Issuer  # noqa: E402 -- the checkout, not a package
 
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.serve.cluster.local import RayProcess, start_ray, stop_ray  # noqa: E402 -- as above
 from anamorph.wire.serving import (  # noqa: E402 -- as above
     APP_IMPORT_PATH,
@@ -296,6 +297,7 @@ def grown(rows: Sequence[dict[str, Any]], figure: str) -> float:
 
 def main() -> None:
     """Grow, measure, print."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description="What grows with the number of applications.")
     parser.add_argument("--most", type=int, default=20)
     parser.add_argument("--step", type=int, default=5)

@@ -45,6 +45,7 @@ from benchmarks.trial.site import Site, running_site  # noqa: E402 -- as above
 from benchmarks.trial.stand import POLICY, left_over  # noqa: E402 -- as above
 
 from anamorph.cli.machine.home import MODEL, TENANTS  # noqa: E402 -- as above
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.errors import AnamorphError  # noqa: E402 -- as above
 from anamorph.wire.admin import Role  # noqa: E402 -- as above
 
@@ -283,6 +284,7 @@ def _keep_logs(site: Site, folder: Path) -> None:
 
 def main() -> None:
     """Run, print, and fail where a promise is broken."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description="Random faults under load.")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--rate", type=float, default=4, help="requests per second of all clients")

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.servers.s3 import BUCKET, running_s3  # noqa: E402 -- the checkout, not a package
 
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.cli.smollm2 import fetch_smollm2  # noqa: E402 -- as above
 from anamorph.keys import TenantKey  # noqa: E402 -- as above
 from anamorph.pipeline import fold  # noqa: E402 -- as above
@@ -122,6 +123,7 @@ def median(starts: list[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     """Fold, publish, start again and again, print medians in seconds."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description="Time the phases of an engine's cold start.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)

@@ -27,6 +27,7 @@ from tests.servers.postgres import running_postgres  # noqa: E402 -- the checkou
 from tests.servers.production import Production, running_production  # noqa: E402 -- as above
 from tests.servers.vault import running_vault  # noqa: E402 -- as above
 
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.errors import ServiceError  # noqa: E402 -- as above
 from anamorph.wire.admin import (  # noqa: E402 -- as above
     ApiKeyCreate,
@@ -83,6 +84,7 @@ def endure(made: Production, client: KeyService, admin: KeyService, seconds: flo
 
 def main() -> None:
     """Set up, endure, print."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description="Vault sealed for minutes.")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--json", type=Path)

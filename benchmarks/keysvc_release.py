@@ -41,6 +41,7 @@ from tests.servers.process import Program, free_port  # noqa: E402 -- as above
 from tests.servers.production import running_production  # noqa: E402 -- as above
 from tests.servers.vault import running_vault  # noqa: E402 -- as above
 
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.wire.admin import (  # noqa: E402 -- as above
     ApiKeyCreate,
     Materialized,
@@ -223,6 +224,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 def main() -> None:
     """Prepare, measure, print."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description="Latency of releases under a steady load.")
     parser.add_argument("--vault", action="store_true", help="fail where PostgreSQL or Vault is missing")
     parser.add_argument("--keys", type=int, default=600, help="key versions, each released once per case")

@@ -47,6 +47,7 @@ from tests.servers.production import running_production  # noqa: E402 -- as abov
 from tests.servers.vault import running_vault  # noqa: E402 -- as above
 
 from anamorph import telemetry  # noqa: E402 -- as above
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.wire import audit as chain  # noqa: E402 -- as above
 from anamorph.wire.admin import RotationPolicy  # noqa: E402 -- as above
 from anamorph_keysvc import config, homes, roles, schema  # noqa: E402 -- as above
@@ -333,6 +334,7 @@ def whole_reads(found: dict[str, list[str]]) -> list[str]:
 
 def main() -> None:
     """Fill, measure, explain, print."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description="Latency of calls with many tenants in the database.")
     parser.add_argument("--vault", action="store_true", help="wrap by Vault; fail where it is missing")
     parser.add_argument("--tenants", type=int, default=10_000)

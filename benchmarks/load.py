@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.applications import Cluster, tenant  # noqa: E402 -- the checkout, not a package
 from benchmarks.simulation.traffic import zipf  # noqa: E402 -- as above
 
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.errors import AnamorphError  # noqa: E402 -- as above
 from anamorph.serve.cluster.local import start_ray, stop_ray  # noqa: E402 -- as above
 from anamorph.serve.engines.fake import continuation  # noqa: E402 -- as above
@@ -230,6 +231,7 @@ def served(tenants: int, delay_ms: float) -> Iterator[Cluster]:
 
 def main() -> None:
     """Serve, load, print; fail where an answer was wrong or missing."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description="Open-loop load with checked answers.")
     parser.add_argument("--tenants", type=int, default=8)
     parser.add_argument("--rate", type=float, default=10, help="requests per second of all tenants")

@@ -1,15 +1,16 @@
 """What encryption costs: SmolLM2, encrypted against plaintext, on the real serving path.
 
-    python benchmarks/overhead.py [--time 1200] [--width 0.02] [--num-gpus 0.5] [--json FILE]
+    python benchmarks/overhead.py [--lives 10] [--seconds 60] [--num-gpus 0.5] [--json FILE]
 
 Two applications of one Ray, the base and its replica, on the same engine with the same settings,
 one request at a time, in pairs: independent random prompts of equal length, drawn order, lengths in
-turn; short answers for the time to the first token, long ones for the time per further token, more of
-whichever is less certain. Reported is the median of the pairs' ratios with its 95 % interval (paired
-bootstrap, pairs drawn within each length). It stops when the intervals of TTFT and TPOT are narrower
-than ``--width``, or when the time is over. ``--control`` serves the base on both sides: what is left
-is the error of the method, and its interval must hold 1. ``--num-gpus`` is of each side: half a GPU puts
-both on one. It takes about a minute and a half more than ``--time``.
+turn; long answers for the time per further token, and twice as many short ones for the time to the
+first. Two processes of one program differ by a few per cent for as long as they live, from where
+their memory happens to lie: so both are started anew, in drawn order, ``--lives`` times. Reported is
+the median of the pairs' ratios with its 95 % interval, of a bootstrap in two stages: lives are
+drawn, then pairs of each of them within each length. ``--control`` serves the base on both sides:
+what is left is the error of the method, and its interval must hold 1. ``--num-gpus`` is of each
+side: half a GPU puts both on one. A life takes half a minute more than ``--seconds``.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,22 +37,23 @@ sys.path.insert(0, str(ROOT))
 from tests.serve.conftest import Cluster, Issuer, until  # noqa: E402 -- the checkout, not a package
 
 import anamorph  # noqa: E402 -- as above
-from anamorph.canary import Size, Target, paired_ratio, take_pair  # noqa: E402 -- as above
+from anamorph.canary import Size, Target, take_pair  # noqa: E402 -- as above
 from anamorph.canary.report import MEASURES, values  # noqa: E402 -- as above
-from anamorph.canary.statistics import Ratio  # noqa: E402 -- as above
-from anamorph.canary.window import LEAST_PAIRS, Pair  # noqa: E402 -- as above
+from anamorph.canary.statistics import CONFIDENCE, Ratio  # noqa: E402 -- as above
+from anamorph.canary.window import Pair  # noqa: E402 -- as above
 from anamorph.cli.machine.model import default_model  # noqa: E402 -- as above
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.keys import TenantKey  # noqa: E402 -- as above
 from anamorph.serve.cluster.local import start_ray, stop_ray  # noqa: E402 -- as above
 from anamorph.wire.serving import APP_IMPORT_PATH, app_name, route_prefix  # noqa: E402 -- as above
 
 LENGTHS = (16, 64, 256)
 SHORT, OUTPUT = 4, 32
+# Answers of each length in one round: one step decides when the first token comes, and thirty what
+# a further one takes, so the first is noisier.
+ROUND = (OUTPUT, SHORT, SHORT)
 WARMUP = 3
-# Rounds of every length between two looks at the intervals.
-CHECKED = 4
-# Below so many pairs an interval is narrow by chance as well.
-ENOUGH = 90
+RESAMPLES = 2000
 BUDGET = 1.02
 
 
@@ -106,58 +108,44 @@ def encrypted_args(base: Path, folder: Path) -> dict[str, Any]:
 Targets = tuple[Target, Target]
 
 
-def targets_of(cluster: Cluster, base: Path, folder: Path, *, control: bool, num_gpus: float) -> Targets:
-    """Both endpoints, deployed; as control, the base twice."""
-    device = {"num_gpus": num_gpus}
+def targets_of(
+    cluster: Cluster, plaintext: dict[str, Any], other: dict[str, Any], rng: np.random.Generator
+) -> Targets:
+    """Both endpoints, deployed one after the other in drawn order; the one that is judged comes first."""
+    endpoints: dict[int, str] = {}
+    for side in rng.permutation(2):
+        endpoints[int(side)] = add(cluster, (other, plaintext)[side])
     token = cluster.token(tenant="plaintext", model="smollm2")
-    plain = Target(add(cluster, plaintext_args(base) | device), token)
-    if control:
-        return Target(add(cluster, plaintext_args(base, 1) | device), plain.token), plain
-    args = encrypted_args(base, folder)
-    token = cluster.token(tenant="acme", model="smollm2")
-    return Target(add(cluster, args | device), token, args["key_id"]), plain
+    return Target(endpoints[0], token, other.get("key_id")), Target(endpoints[1], token)
 
 
-def pairs_until(cluster: Cluster, targets: Targets, vocab: int, limit_s: float, width: float) -> list[Pair]:
-    """Pairs until the intervals are narrow or the time is over; warm-up does not count.
-
-    One step decides when the first token comes, and thirty what a further one takes: the first
-    is noisier. After the first rounds each round is of the kind, short answers or long ones,
-    whose interval is wider.
-    """
-    rng, found, output = np.random.default_rng(), list[Pair](), OUTPUT
+def pairs_of(cluster: Cluster, targets: Targets, vocab: int, limit_s: float) -> list[Pair]:
+    """Pairs in whole rounds until the time is over; warm-up does not count."""
+    rng, found = np.random.default_rng(), list[Pair]()
     with httpx.Client(timeout=300, trust_env=False) as http:
 
-        def one(length: int) -> Pair:
+        def one(length: int, output: int) -> Pair:
             size = Size(vocab, length, output)
             sides = take_pair(http, fresh(cluster, targets), size, rng, time.perf_counter)
             return Pair(time.monotonic(), length, *sides)
 
         for length in LENGTHS * WARMUP:
-            one(length)
+            one(length, OUTPUT)
         began = time.monotonic()
-        for number in count(1):
-            found += [one(length) for length in LENGTHS]
-            over = time.monotonic() - began > limit_s
-            if len(found) < LEAST_PAIRS or not (over or number % CHECKED == 0):
-                continue
-            ratios = {name: ratio(found, name) for name in ("ttft", "tpot")}
-            say(time.monotonic() - began, found, ratios)
-            widths = {name: one.high - one.low for name, one in ratios.items()}
-            if over or (len(found) >= ENOUGH and max(widths.values()) <= width):
-                break
-            output = SHORT if widths["ttft"] > widths["tpot"] else OUTPUT
+        while not found or time.monotonic() - began < limit_s:
+            found += [one(length, output) for output in ROUND for length in LENGTHS]
     return found
 
 
-def say(seconds: float, pairs: Sequence[Pair], ratios: Mapping[str, Ratio]) -> None:
-    """How far it is, where somebody watches."""
+def say(number: int, lives: Sequence[Sequence[Pair]]) -> None:
+    """How far it is, where somebody watches: medians of the life that has ended and of all."""
+    last = {name: np.median(ratios(lives[-1], name)) for name in ("ttft", "tpot")}
+    all_of = {name: ratio(lives, name) for name in ("ttft", "tpot")}
     shown = ", ".join(
-        f"{name} {one.median:.4f} ({one.low:.4f} – {one.high:.4f})" for name, one in ratios.items()
+        f"{name} {last[name]:.4f}; of all {one.median:.4f} ({one.low:.4f} – {one.high:.4f})"
+        for name, one in all_of.items()
     )
-    print(
-        f"{seconds:4.0f} s, {len(pairs)} pairs, {len(long(pairs))} long: {shown}", file=sys.stderr, flush=True
-    )
+    print(f"life {len(lives)}/{number}, {len(lives[-1])} pairs: {shown}", file=sys.stderr, flush=True)
 
 
 def long(pairs: Sequence[Pair]) -> list[Pair]:
@@ -173,48 +161,80 @@ def fresh(cluster: Cluster, targets: Targets) -> Targets:
     )
 
 
-def ratio(pairs: Sequence[Pair], measure: str) -> Ratio:
-    """Encrypted over plaintext; short answers say only when the first token came."""
+def ratios(pairs: Sequence[Pair], measure: str) -> NDArray[np.float64]:
+    """Encrypted over plaintext of each pair; short answers say only when the first token came."""
     pairs = pairs if measure == "ttft" else long(pairs)
-    return paired_ratio(
-        values([pair.encrypted for pair in pairs], measure),
-        values([pair.plaintext for pair in pairs], measure),
-        seed=0,
-        strata=[pair.length for pair in pairs],
+    above, below = (
+        np.asarray(values(side, measure), dtype=np.float64)
+        for side in ([pair.encrypted for pair in pairs], [pair.plaintext for pair in pairs])
     )
+    quotients: NDArray[np.float64] = above / below
+    return quotients
 
 
-def report(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Ratios over all lengths and for each."""
-    by_length = {n: [pair for pair in pairs if pair.length == n] for n in LENGTHS}
+def ratio(lives: Sequence[Sequence[Pair]], measure: str) -> Ratio:
+    """Median over all pairs, with a percentile interval over drawn lives and, in each, drawn pairs."""
+    rng = np.random.default_rng(0)
+    cells = [
+        [ratios([pair for pair in life if pair.length == n], measure) for n in LENGTHS] for life in lives
+    ]
+    medians = [
+        np.median([found for k in drawn for cell in cells[k] for found in rng.choice(cell, cell.size)])
+        for drawn in rng.integers(0, len(cells), size=(RESAMPLES, len(cells)))
+    ]
+    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    middle = np.median(np.concatenate([cell for life in cells for cell in life]))
+    return Ratio(float(middle), float(low), float(high))
+
+
+def report(lives: Sequence[Sequence[Pair]]) -> dict[str, Any]:
+    """Ratios over all lives and the medians of each."""
+    pairs = [pair for life in lives for pair in life]
     return {
+        "lives": len(lives),
         "pairs": len(pairs),
         "long_pairs": len(long(pairs)),
         "output_tokens": [SHORT, OUTPUT],
-        "ratios": {name: asdict(ratio(pairs, name)) for name in MEASURES},
+        "ratios": {name: asdict(ratio(lives, name)) for name in MEASURES},
+        "by_life": [
+            {name: float(np.median(ratios(life, name))) for name in ("ttft", "tpot")} for life in lives
+        ],
         "by_length": {
-            n: {name: asdict(ratio(some, name)) for name in MEASURES} for n, some in by_length.items() if some
+            n: {
+                name: float(np.median(ratios([pair for pair in pairs if pair.length == n], name)))
+                for name in ("ttft", "tpot")
+            }
+            for n in LENGTHS
         },
     }
 
 
 def main() -> None:
     """Measure and print; exit 1 where an upper bound lies above the budget."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--time", type=float, default=1200, help="seconds at most")
-    parser.add_argument("--width", type=float, default=0.02, help="of the intervals that are narrow enough")
+    parser.add_argument("--lives", type=int, default=10, help="how often both sides are started")
+    parser.add_argument("--seconds", type=float, default=60, help="of pairs in each life")
     parser.add_argument("--control", action="store_true", help="the base on both sides")
     parser.add_argument("--num-gpus", type=float, default=0, help="of each side")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     base = default_model("float32", print)
     vocab = int(json.loads((base / "config.json").read_text())["vocab_size"])
-    with tempfile.TemporaryDirectory(prefix="an-") as folder, cluster_of(Path(folder)) as cluster:
-        targets = targets_of(cluster, base, Path(folder), control=args.control, num_gpus=args.num_gpus)
-        found = report(pairs_until(cluster, targets, vocab, args.time, args.width))
-    print(f"{found['pairs']} pairs, {found['long_pairs']} with {OUTPUT} tokens of answer, the others {SHORT}")
+    lives, rng, device = list[list[Pair]](), np.random.default_rng(), {"num_gpus": args.num_gpus}
+    with tempfile.TemporaryDirectory(prefix="an-") as folder:
+        plaintext = plaintext_args(base) | device
+        other = (plaintext_args(base, 1) if args.control else encrypted_args(base, Path(folder))) | device
+        for number in range(args.lives):
+            with cluster_of(Path(folder) / f"life-{number}") as cluster:
+                targets = targets_of(cluster, plaintext, other, rng)
+                lives.append(pairs_of(cluster, targets, vocab, args.seconds))
+            say(args.lives, lives)
+    found = report(lives)
+    counts = f"{found['lives']} lives, {found['pairs']} pairs, {found['long_pairs']} with {OUTPUT} tokens"
+    print(f"{counts} of answer, the others {SHORT}")
     for name, one in found["ratios"].items():
         print(f"{name:<11} {one['median']:.4f}  ({one['low']:.4f} – {one['high']:.4f})")
     if args.json:

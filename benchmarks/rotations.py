@@ -3,16 +3,17 @@
     python benchmarks/rotations.py [--rotations 100] [--clients 20] [--rate 10] [--json FILE]
     python benchmarks/rotations.py --model smollm2 --rotations 10 --rate 1
 
-Real key service, operator, Ray and SDK; the fake engine waits 80 ms before each token, as a large
-model on a GPU would, so that as many streams as there are clients run at the same time, and its answers
-depend on key and prompt, so that one under a wrong key or with a token missing is seen. Requests start
-at random times (Poisson), each by one of the clients, and their times count from when they were to
-start. A rotation is asked for as soon as the one before it is active, while the version before that
-still drains. Steady state is the same load before and after. It fails where the 99th percentile of whole
-requests is more than 1.5 times that of steady state: with the fake engine, for a model that shares its
-cores with the fold of its next version is slower, which is reported. On two quiet cores a rotation takes
-5 s with the fake engine, all else three minutes; the report holds the cause of every request that did
-not end in the right answer, and of every rotation that failed.
+Real key service, operator, Ray and SDK; the fake engine waits 40 ms before each token, as a small
+model on a GPU would, and its answers depend on key and prompt, so that one under a wrong key or with
+a token missing is seen. The load keeps ten of an engine's 16 places busy: with more, waiting for a
+place would be what is measured. Requests start at random times (Poisson), each by one of the clients,
+and their times count from when they were to start. A rotation is asked for as soon as the one before
+it is active, while the version before that still drains. Steady state is the same load before and
+after. It fails where the 99th percentile of whole requests is more than 1.5 times that of steady
+state: with the fake engine, for a model that shares its cores with the fold of its next version is
+slower, which is reported. On two quiet cores a rotation takes 5 s with the fake engine, all else three
+minutes; the report holds the cause of every request that did not end in the right answer, and of every
+rotation that failed.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ from benchmarks.trial.models import Subject, fake_subject, smollm2_subject  # no
 from benchmarks.trial.stand import System, running  # noqa: E402 -- as above
 
 from anamorph.cli.machine.home import MODEL  # noqa: E402 -- as above
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.errors import AnamorphError, TooManyRequests, Unavailable  # noqa: E402 -- as above
 from anamorph.wire.admin import RotationPolicy  # noqa: E402 -- as above
 from anamorph.wire.keyservice import KeyService  # noqa: E402 -- as above
 from anamorph.wire.states import State  # noqa: E402 -- as above
 
 TENANT = "acme"
-DELAY_MS = 80
+DELAY_MS = 40
 TOKENS = (16, 32)
 LIMIT = 1.5
 STEADY_S = 60.0
@@ -202,6 +204,7 @@ def report(met: Sequence[Met], done: Rotations, grace_s: float) -> dict[str, Any
 
 def main() -> None:
     """Rotate under load, print, and fail where an answer was wrong or missing."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description="Rotations under streaming clients.")
     parser.add_argument("--model", choices=("fake", "smollm2"), default="fake")
     parser.add_argument("--rotations", type=int, default=100)

@@ -43,6 +43,7 @@ from anamorph.canary import Sample, Target, paired_ratio, random_ids  # noqa: E4
 from anamorph.canary.sample import take  # noqa: E402 -- as above
 from anamorph.canary.statistics import Ratio  # noqa: E402 -- as above
 from anamorph.cli.machine.model import default_model  # noqa: E402 -- as above
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.serve.engines.base import Engine, Sampling  # noqa: E402 -- as above
 from anamorph.serve.engines.fake import FakeEngine  # noqa: E402 -- as above
 from anamorph.wire.serving import APP_IMPORT_PATH, app_name, route_prefix  # noqa: E402 -- as above
@@ -177,6 +178,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def main() -> None:
     """Measure and print; exit 1 where the ratio's median lies above the limit."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import anamorph
+from anamorph.cli.machine.signals import end_as_interrupt
 from anamorph.cli.smollm2 import fetch_smollm2
 from anamorph.keys import TenantKey
 from anamorph.serve.cluster.local import RayProcess, start_ray, stop_ray
@@ -223,6 +224,7 @@ def run(scratch: Path, tokens: int, repeats: int) -> list[Row]:
 
 def main() -> None:
     """Measure, print, and fail where a bound is broken."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)

@@ -33,6 +33,7 @@ from tests.servers.vllm_process import PYTHON, VllmProcess, endpoint  # noqa: E4
 import anamorph  # noqa: E402 -- as above
 from anamorph.canary import OverheadReport, Target, measure  # noqa: E402 -- as above
 from anamorph.cli.machine.model import default_model  # noqa: E402 -- as above
+from anamorph.cli.machine.signals import end_as_interrupt  # noqa: E402 -- as above
 from anamorph.keys import TenantKey  # noqa: E402 -- as above
 
 VOCAB = 49152
@@ -102,6 +103,7 @@ def run(options: argparse.Namespace, scratch: Path, say: Console) -> OverheadRep
 
 def main() -> None:
     """Measure, print, and write the JSON if asked to."""
+    end_as_interrupt()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--prompt-tokens", type=int, default=128)

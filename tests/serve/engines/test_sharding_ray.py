@@ -225,24 +225,34 @@ def test_a_lost_node_takes_the_replica_to_others(
     assert len(titled(nodes, "EngineRank")) == len(titled(nodes, "v1:engine")) == 1
 
 
-def test_a_node_that_is_cut_off_is_replaced_and_gives_up(
-    nodes: RayCluster, serve: Callable[..., str], client: Client
+@pytest.mark.parametrize("given_up", [False, True], ids=["for a moment", "until it is given up"])
+def test_a_node_that_is_cut_off_is_replaced(
+    nodes: RayCluster, serve: Callable[..., str], client: Client, given_up: bool
 ) -> None:
-    """Its packets vanish under a stream: an error event, a replica elsewhere, nothing of the old later."""
+    """Its packets vanish under a stream: an error event, a replica elsewhere, nothing of the old later.
+
+    Ray's head gives a silent machine up after a minute or so, and the replica does not wait for
+    that: it may be back on other nodes while the head still counts the machine as alive. Then it
+    stays a node and only what it ran of the replica ends; a node that was given up ends whole.
+    """
     if nodes.hosts is None:
         pytest.skip("needs root, to make network namespaces")
     while sum(bool(node.pids()) for node in nodes.nodes) < 3:  # the head may still count a dead one
         nodes.add(1)
     serve(**TENSOR)
     lost = a_part(nodes)
+    old = {pid for title in ("EngineRank", "v1:engine") for pid in titled(nodes, title)}
     stream = client.stream([10, 20, 30], 3900)
     next(stream)
     nodes.hosts.cut(lost.host)
     with pytest.raises(StreamInterrupted):
         list(stream)
     until("the replica", lambda: client.answers([1, 2, 3]), 180)
+    if given_up:
+        until("the head to give it up", lambda: lost.address not in nodes.alive(), 180)
     nodes.hosts.mend(lost.host)
-    until("the end of what was cut off", lambda: lost.pids() == [])
+    gone = set(lost.pids()) if given_up else old
+    until("the end of what was cut off", lambda: not gone & set(nodes.pids()))
     assert len(titled(nodes, "EngineRank")) == len(titled(nodes, "v1:engine")) == len(groups(nodes)) == 1
 
 
