@@ -19,10 +19,11 @@ from pydantic import ValidationError
 from anamorph.errors import SetupError
 from anamorph.wire.keyservice import AsyncKeyService
 from anamorph.wire.serving import Cache, PoolSettings
-from anamorph_operator.jobs import DEFAULT_COMMAND, Jobs
-from anamorph_operator.local import LocalOperator, LocalSettings
+from anamorph_operator.local import LocalJobs, Workplace
 from anamorph_operator.probe import Prober, Tokens
+from anamorph_operator.processes import DEFAULT_COMMAND, Processes
 from anamorph_operator.ray_serve import RayServe
+from anamorph_operator.reconciler import Reconciler, Settings
 from anamorph_operator.state import Baseline
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -62,11 +63,9 @@ def local(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # httpx logs every request at INFO.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    settings = LocalSettings(
-        keysvc_url=keysvc,
+    settings = Settings(
         serve_url=serve_url,
         store=store,
-        scratch=scratch,
         baselines=tuple(parse_baseline(text) for text in baseline),
         allow_base=tuple(allow_base),
         interval_s=interval,
@@ -74,9 +73,10 @@ def local(
         pools=dict(parse_pool(text) for text in pool),
         cache=_cache(cache, cache_bytes),
     )
+    place = Workplace(keysvc, store, scratch, tuple(allow_base))
     command = tuple(shlex.split(materializer)) if materializer else DEFAULT_COMMAND
     key, ray_token = _secret(key_file), _secret(ray_token_file) if ray_token_file else None
-    asyncio.run(_run(settings, key, ray_dashboard, ray_token, command))
+    asyncio.run(_run(settings, place, key, ray_dashboard, ray_token, command))
 
 
 def parse_baseline(text: str) -> Baseline:
@@ -128,7 +128,8 @@ def _context_of(folder: Path) -> int:
 
 
 async def _run(
-    settings: LocalSettings,
+    settings: Settings,
+    place: Workplace,
     key: str,
     dashboard: str,
     ray_token: str | None,
@@ -138,13 +139,14 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        keys = await stack.enter_async_context(AsyncKeyService(settings.keysvc_url, key))
+        keys = await stack.enter_async_context(AsyncKeyService(place.keysvc, key))
         ray = await stack.enter_async_context(_dashboard_client(dashboard, ray_token))
         # Probes wait for a whole answer; usage readings set their own, short timeout.
         engines = await stack.enter_async_context(httpx.AsyncClient(timeout=120, trust_env=False))
         prober = Prober(engines, Tokens(keys.inference_token, _utc_now), _utc_now)
+        jobs = LocalJobs(place, keys, Processes(command, _utc_now))
         serve = RayServe(ray, settings.serve_url)
-        await LocalOperator(settings, keys, serve, Jobs(command, _utc_now), prober, _utc_now).run(stop)
+        await Reconciler(settings, keys, serve, jobs, prober, _utc_now).run(stop)
 
 
 def _secret(path: Path) -> str:

@@ -73,7 +73,13 @@ class _View:
 
     @property
     def endpoint(self) -> str:
+        """Its URL as seen from here."""
         return self.desired.serve_url.rstrip("/") + self.ref.route
+
+    @property
+    def public_endpoint(self) -> str:
+        """Its URL as clients see it."""
+        return (self.desired.public_url or self.desired.serve_url).rstrip("/") + self.ref.route
 
     def siblings(self, state: State) -> list[KeyVersionRead]:
         """The model's other versions in one state."""
@@ -136,7 +142,7 @@ def _refusal(view: _View) -> str | None:
 def _verified(view: _View) -> list[Action]:
     check, artifact = view.observed.checks.get(view.ref), view.version.artifact
     if check is not None and check.outcome is Outcome.EQUAL:
-        return [Activate(view.ref, view.endpoint)]
+        return [Activate(view.ref, view.public_endpoint)]
     if check is not None and check.outcome is Outcome.DIFFERENT:
         return [FailVersion(view.ref, "the served replica does not answer what materialisation computed")]
     if check is not None and check.outcome is Outcome.REFUSED:

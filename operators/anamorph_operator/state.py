@@ -82,7 +82,8 @@ class Desired:
         versions: those that may still have to be acted on. A version of a known model that is
             not among them, up to the model's last one, has ended and nothing of it stands.
         allow_base: prefixes of URLs or folders that base checkpoints may come from.
-        serve_url: ``http://host:port`` where Ray Serve listens.
+        serve_url: ``http://host:port`` where Ray Serve listens, as seen from here.
+        public_url: the same as clients see it; ``serve_url`` if absent.
         pools: for each pool, those of its ``PoolSettings`` that its members do not decide.
     """
 
@@ -95,6 +96,7 @@ class Desired:
     otlp_endpoint: str | None = None
     pools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cache: Cache | None = None
+    public_url: str | None = None
 
     def model_of(self, ref: Ref) -> ModelRead | None:
         """The model record of a version; ``None`` if it is not there (yet)."""

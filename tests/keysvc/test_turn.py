@@ -18,10 +18,11 @@ from anamorph.wire.serving import DoorState, Usage
 from anamorph.wire.states import ONGOING, State
 from anamorph_keysvc.service import lifecycle
 from anamorph_operator import actions as act
-from anamorph_operator.jobs import Jobs
-from anamorph_operator.local import LocalOperator, LocalSettings
+from anamorph_operator.local import LocalJobs, Workplace
 from anamorph_operator.probe import Prober, Tokens
+from anamorph_operator.processes import Processes
 from anamorph_operator.ray_serve import RayServe, from_config
+from anamorph_operator.reconciler import Reconciler, Settings
 
 if TYPE_CHECKING:
     from tests.keysvc.conftest import World
@@ -112,9 +113,11 @@ class Turning:
         self.keys = AsyncKeyService("http://keysvc", world.secret(Role.PLATFORM), transport=self.transport)
         http = httpx.AsyncClient(transport=httpx.MockTransport(self.ray), base_url=SERVE)
         prober = Prober(http, Tokens(self.keys.inference_token, world.clock), world.clock)
-        settings = LocalSettings("http://keysvc", SERVE, f"file://{folder}", folder)
-        jobs = Jobs(("false",), world.clock)
-        self.operator = LocalOperator(settings, self.keys, RayServe(http, SERVE), jobs, prober, world.clock)
+        store = f"file://{folder}"
+        place = Workplace("http://keysvc", store, folder)
+        jobs = LocalJobs(place, self.keys, Processes(("false",), world.clock))
+        serve = RayServe(http, SERVE)
+        self.operator = Reconciler(Settings(SERVE, store), self.keys, serve, jobs, prober, world.clock)
 
     async def turn(self) -> list[type[act.Action]]:
         return [type(action) for action in await self.operator.turn()]

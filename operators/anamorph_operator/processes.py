@@ -31,7 +31,7 @@ class _Process:
     attempts: int
 
 
-class Jobs:
+class Processes:
     """Starts, watches and ends jobs.
 
     Args:

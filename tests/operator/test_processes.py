@@ -12,20 +12,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from anamorph_operator.jobs import Jobs
+from anamorph_operator.processes import Processes
 from anamorph_operator.state import Job, Ref
 
 REF = Ref("acme", "smol", 1)
-MakeJobs = Callable[[str], Jobs]
+MakeJobs = Callable[[str], Processes]
 
 
 @pytest.fixture
 async def jobs() -> AsyncIterator[MakeJobs]:
     """Jobs that run a piece of Python; they are closed at the end."""
-    made: list[Jobs] = []
+    made: list[Processes] = []
 
-    def make(code: str) -> Jobs:
-        made.append(Jobs([sys.executable, "-c", code], lambda: datetime.now(UTC)))
+    def make(code: str) -> Processes:
+        made.append(Processes([sys.executable, "-c", code], lambda: datetime.now(UTC)))
         return made[-1]
 
     yield make
@@ -33,7 +33,7 @@ async def jobs() -> AsyncIterator[MakeJobs]:
         await one.close()
 
 
-async def ended(jobs: Jobs) -> Job:
+async def ended(jobs: Processes) -> Job:
     while jobs.observe()[REF].running:  # noqa: ASYNC110 - a process ends without an event
         await asyncio.sleep(0.02)
     return jobs.observe()[REF]
