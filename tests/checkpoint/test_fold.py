@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anamorph.checkpoint import Checkpoint, FoldReport, fold
-from anamorph.checkpoint.writer import PARTIAL, ShardWriter, lay_out
+from anamorph.checkpoint.writer import DTYPES, PARTIAL, ShardWriter, lay_out
 from anamorph.errors import (
     CheckpointError,
     MaterializationError,
@@ -276,13 +276,33 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_mixed_types_stay_aligned(tmp_path: Path) -> None:
-    """Tensors of different widths share a shard that the library reads back as written."""
-    steps = [Step("a", "a", (), (3,), "BF16"), Step("b", "b", (), (2,), "F64"), Step("c", "c", (), (), "F32")]
-    (shard,) = lay_out(steps, 1000)
-    written = {"a": torch.ones(3).bfloat16(), "b": torch.ones(2).double(), "c": torch.tensor(7.0)}
+    """Tensors of different widths share a shard that the library reads back as written.
+
+    Each begins at its own width, and what fills cache lines at one: engines compute on the mapped file.
+    """
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "a": ((3,), "BF16"),
+        "b": ((2,), "F64"),
+        "c": ((), "F32"),
+        "d": ((4, 8), "BF16"),
+        "e": ((5, 8), "F64"),
+    }
+    written = {
+        name: torch.rand(shape, dtype=torch.float64).to(DTYPES[dtype])
+        for name, (shape, dtype) in shapes.items()
+    }
+    (shard,) = lay_out([Step(name, name, (), *shapes[name]) for name in shapes], 1000)
     with ShardWriter(tmp_path, shard) as writer:
         for step in shard.steps:
             writer.write(written[step.name])
     read = load_file(tmp_path / shard.name)
     assert all(torch.equal(read[name], tensor) for name, tensor in written.items())
-    assert (tmp_path / shard.name).stat().st_size == shard.size
+    content = (tmp_path / shard.name).read_bytes()
+    assert len(content) == shard.size
+    begin = 8 + int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8:begin]).items():
+        if name != "__metadata__":
+            size = written[name].nbytes
+            assert (begin + entry["data_offsets"][0]) % (
+                64 if size % 64 == 0 else written[name].itemsize
+            ) == 0

@@ -24,6 +24,8 @@ from anamorph.plan import Step
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PARTIAL = ".part"
+# A cache line. Engines compute on the mapped file: data across two lines costs 2 to 4 % of a step.
+ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,13 @@ def lay_out(steps: Sequence[Step], max_shard_size: int) -> tuple[Shard, ...]:
 
 
 def _shard(name: str, steps: Iterable[Step]) -> Shard:
-    # Wide types first keeps every tensor aligned to its own width.
-    return Shard(name, tuple(sorted(steps, key=lambda step: -DTYPES[step.dtype].itemsize)))
+    # The format allows no gaps: what fills its lines comes first and is aligned to them, and wide
+    # types before others are aligned to their own width.
+    return Shard(name, tuple(sorted(steps, key=lambda step: (nbytes(step) % ALIGNED != 0, -_width(step)))))
+
+
+def _width(step: Step) -> int:
+    return DTYPES[step.dtype].itemsize
 
 
 def _frame(shard: Shard) -> bytes:
@@ -73,7 +80,7 @@ def _frame(shard: Shard) -> bytes:
         start, end = end, end + nbytes(step)
         header[step.name] = {"dtype": step.dtype, "shape": step.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNED)
     return struct.pack("<Q", len(text)) + text
 
 
