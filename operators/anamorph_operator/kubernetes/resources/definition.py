@@ -182,9 +182,9 @@ class _Structural:
         if "description" in schema:
             found["description"] = schema["description"].partition("\n")[0]
         found |= self._bounds(schema) | self._children(schema, at)
-        if found.get("type") == "object" and "default" in found:
+        if "properties" in found and "default" in found:
             # Written out: the API server holds a default against the validations as it stands.
-            parts = found.get("properties", {})
+            parts = found["properties"]
             found["default"] = {name: parts[name]["default"] for name in parts if "default" in parts[name]}
         unknown = schema.keys() - _KEPT - _DROPPED - self._HANDLED
         if unknown or "type" not in found:
@@ -220,7 +220,7 @@ class _Structural:
 
     @staticmethod
     def _bounds(schema: Schema) -> Schema:
-        found = {key: schema[key] for key in ("minimum", "maximum") if key in schema}
+        found: Schema = {key: schema[key] for key in ("minimum", "maximum") if key in schema}
         if "exclusiveMinimum" in schema:  # a boolean beside the bound, in OpenAPI 3.0
             found |= {"minimum": schema["exclusiveMinimum"], "exclusiveMinimum": True}
         return found
