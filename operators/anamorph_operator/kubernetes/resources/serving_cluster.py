@@ -58,7 +58,7 @@ class PodSpec(Part):
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]{0,62}$", max_length=63)] | None = (
         None
     )
-    node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32)] = {}
+    node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32)] = {}  # noqa: RUF012 - pydantic copies it
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
     priority_class_name: Annotated[str, Field(max_length=253)] | None = None
 
