@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -40,6 +42,7 @@ SAMPLES: dict[str, Any] = {
 CREATED: dict[str, dict[str, Any]] = {
     "create_tenant": {"tenant": admin.TenantCreate(id="acme")},
     "create_model": {"model": admin.ModelCreate(id="chat", base="b", vocab_size=9, context_length=9)},
+    "update_model": {"patch": admin.ModelPatch(dtype="float32", base_digest=None)},
     "create_webhook": {"webhook": admin.WebhookCreate(url="https://receiver.test")},
 }
 
@@ -93,6 +96,69 @@ def _body(request: httpx.Request) -> Any:
     """Without the recipient of a release, which is a fresh key each time."""
     body = json.loads(request.content or b"null")
     return {**body, "recipient": None} if body and "recipient" in body else body
+
+
+@pytest.mark.parametrize("kind", [str, Path, Callable])
+async def test_both_twins_show_the_credential_that_is_there_now(kind: type, tmp_path: Path) -> None:
+    """A file or function is asked for each request, so what Kubernetes has replaced is shown from then on."""
+    file = tmp_path / "token"
+    file.write_text("token-one\n")
+    credential = {str: "token-one", Path: file, Callable: lambda: file.read_text().strip()}[kind]
+    seen: list[httpx.Request] = []
+    transport = httpx.MockTransport(lambda request: missing(request, seen))
+    with KeyService("http://keysvc", credential, transport=transport) as keys:
+        for token in ("token-one", "token-two"):
+            file.write_text(token)
+            with pytest.raises(errors.NotFound):
+                keys.get_tenant("acme")
+    async with AsyncKeyService("http://keysvc", credential, transport=transport) as akeys:
+        for token in ("token-two", "token-three"):
+            file.write_text(token)
+            with pytest.raises(errors.NotFound):
+                await akeys.get_tenant("acme")
+    shown = [request.headers["authorization"].removeprefix("Bearer token-") for request in seen]
+    assert shown == (["one"] * 4 if kind is str else ["one", "two", "two", "three"])
+
+
+def test_a_second_attempt_shows_the_credential_of_then(tmp_path: Path) -> None:
+    """A pause may be longer than what is left of a token."""
+    file = tmp_path / "token"
+    file.write_text("token-one")
+    seen: list[httpx.Request] = []
+    answers: Answers = [httpx.ConnectError, httpx.Response(200, json=TENANT)]
+    transport = httpx.MockTransport(scripted(answers, seen))
+    replaced = lambda _pause: file.write_text("token-two")  # noqa: E731
+    with KeyService("http://keysvc", file, transport=transport, sleep=replaced) as keys:
+        keys.get_tenant("acme")
+    assert [request.headers["authorization"] for request in seen] == ["Bearer token-one", "Bearer token-two"]
+
+
+@pytest.mark.parametrize("content", [None, "", " \n", "two words", "two\nlines--", "not-äscii", "x" * 20_000])
+async def test_a_file_without_a_credential_sends_nothing(content: str | None, tmp_path: Path) -> None:
+    """It is named, and its content is not; nothing else is shown in its place."""
+    file, seen = tmp_path / "token", list[httpx.Request]()
+    if content is not None:
+        file.write_text(content)
+    transport = httpx.MockTransport(lambda request: missing(request, seen))
+    with (
+        KeyService("http://keysvc", file, transport=transport) as keys,
+        pytest.raises(errors.SetupError, match=re.escape(str(file))) as caught,
+    ):
+        keys.get_tenant("acme")
+    async with AsyncKeyService("http://keysvc", file, transport=transport) as akeys:
+        with pytest.raises(errors.SetupError):
+            await akeys.get_tenant("acme")
+    assert seen == []
+    assert not content or content.strip() == "" or content not in str(caught.value)
+
+
+def test_no_credential_is_none() -> None:
+    """The calls that need none send none."""
+    seen: list[httpx.Request] = []
+    transport = httpx.MockTransport(scripted([httpx.Response(200, json={"keys": []})], seen))
+    with KeyService("http://keysvc", transport=transport) as keys:
+        keys.inference_keys()
+    assert "authorization" not in seen[0].headers
 
 
 def test_a_read_is_repeated_after_what_may_pass() -> None:

@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 from pydantic import Field
 
-from anamorph import errors
 from anamorph.cli import materialize
 from anamorph.wire.admin import MOST_PARTS
 from anamorph.wire.keyservice import KeyService
@@ -70,11 +69,8 @@ def _grant(task: PartsTask, token_file: Path, part: int | None = None) -> str:
     """A grant of this job's own; an older one of the same job is void from now on.
 
     Raises:
-        SetupError: the file holds no credential.
+        SetupError: the file cannot be read, or holds no credential.
         ServiceError: the credential is not a materialiser's, or no such part is wanted.
     """
-    token = token_file.read_text("ascii").strip()
-    if not token:
-        raise errors.SetupError(f"{token_file} is empty: it must hold a materialiser's credential")
-    with KeyService(task.keysvc, token) as keys:
+    with KeyService(task.keysvc, token_file) as keys:
         return keys.materialize(task.tenant, task.model, task.version, parts=task.parts, part=part).secret

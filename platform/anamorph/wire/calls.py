@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from anamorph import errors
 from anamorph.wire import admin, problems
+from anamorph.wire.credential import Credential, bearer
 from anamorph.wire.sealed import Recipient
 from anamorph.wire.states import State
 
@@ -105,15 +106,14 @@ class ClientOptions(TypedDict):
     """What both clients hand to httpx."""
 
     base_url: str
-    headers: dict[str, str]
+    auth: httpx.Auth | None
     follow_redirects: bool
     trust_env: bool
 
 
-def client_options(url: str, token: str | None) -> ClientOptions:
+def client_options(url: str, token: Credential | None) -> ClientOptions:
     """Options of the httpx client: no environment, no redirects that carry the token away."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return ClientOptions(base_url=url, headers=headers, follow_redirects=False, trust_env=False)
+    return ClientOptions(base_url=url, auth=bearer(token), follow_redirects=False, trust_env=False)
 
 
 def _traceparent() -> dict[str, str]:

@@ -57,6 +57,7 @@ from anamorph.wire.admin import (
     WebhookSecret,
 )
 from anamorph.wire.calls import Call, model_path, tenant_path, version_path, webhook_path
+from anamorph.wire.credential import Credential
 from anamorph.wire.keyservice_async import AsyncKeyService, aeverything
 from anamorph.wire.sealed import Purpose, Recipient
 from anamorph.wire.states import State
@@ -83,7 +84,9 @@ class KeyService:
 
     Args:
         url: base URL.
-        token: API key or grant; ``None`` for the calls that need none.
+        token: API key, grant or service account's token; or a file that holds it, which is read anew
+            for each request (so a projected token may be replaced), or a function that answers it;
+            ``None`` for the calls that need none. A file that cannot be read is a ``SetupError``.
         transport: what carries the requests; the network by default.
         sleep: how to wait between attempts.
     """
@@ -91,7 +94,7 @@ class KeyService:
     def __init__(
         self,
         url: str,
-        token: str | None = None,
+        token: Credential | None = None,
         *,
         transport: httpx.BaseTransport | None = None,
         timeout: httpx.Timeout = calls.TIMEOUT,

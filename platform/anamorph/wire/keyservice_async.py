@@ -46,6 +46,7 @@ from anamorph.wire.admin import (
     WebhookSecret,
 )
 from anamorph.wire.calls import Call, model_path, tenant_path, version_path, webhook_path
+from anamorph.wire.credential import Credential
 from anamorph.wire.sealed import Purpose, Recipient
 from anamorph.wire.states import State
 
@@ -71,7 +72,7 @@ class AsyncKeyService:
     def __init__(
         self,
         url: str,
-        token: str | None = None,
+        token: Credential | None = None,
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         timeout: httpx.Timeout = calls.TIMEOUT,
