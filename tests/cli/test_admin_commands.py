@@ -159,6 +159,27 @@ def test_how_a_model_is_served_is_chosen_when_it_is_made(shell: Any) -> None:
     assert "--idle" in shell(*create, "--idle", "soon", code=2).stderr
 
 
+def test_a_model_is_changed_and_says_when_that_counts(shell: Any) -> None:
+    """Field by field; how it is served keeps what is not named. What is no field is refused before it is sent."""
+    digest = f"sha256:{'0' * 64}"
+    options = ("--base", "/base", "--vocab-size", 64, "--context-length", 32, "--base-digest", digest)
+    shell("model", "create", shell.tenant, "chat", *options, "--max-concurrent", 3, "--idle", "15m")
+    update = ("model", "update", shell.tenant, "chat")
+    said = shell(*update, "dtype=float32", "tensor_parallel=2", "min_replicas=0").stdout
+    assert f"next rotation: anamorph key rotate {shell.tenant} chat" in said
+    served = shell.json("model", "show", shell.tenant, "chat")
+    assert (served["dtype"], served["base_digest"]) == ("float32", digest)
+    assert (served["serving"]["tensor_parallel"], served["serving"]["max_concurrent"]) == (2, 3)
+    scaling = served["serving"]["autoscaling"]
+    assert (scaling["min_replicas"], scaling["idle_s"]) == (0, 900)
+    assert "base_digest" in shell(*update, "base=/other", code=1).stderr
+    changed = shell.json(*update, "base=/other", "base_digest=off")
+    assert (changed["base"], changed["base_digest"]) == ("/other", None)
+    for wrong in ("vocab_size=9", "profile=permute", "base", "context_length=x", "max_replicas=0"):
+        assert wrong.partition("=")[0] in shell(*update, wrong, code=2).stderr
+    assert shell.json("model", "show", shell.tenant, "chat") == changed
+
+
 def test_lists_that_are_empty_say_what_to_do(shell: Any) -> None:
     """The next command, instead of an empty table."""
     assert f"anamorph model create {shell.tenant}" in shell("model", "list", shell.tenant).stdout
