@@ -48,7 +48,8 @@ def local(
         list[str], typer.Option(help="NAME=FOLDER[,dtype=…][,engine=…][,context=N]; repeatable.")
     ] = [],  # noqa: B006 - typer copies it
     allow_base: Annotated[
-        list[str], typer.Option(help="Where bases may come from: a folder, hf://org/; repeatable.")
+        list[str],
+        typer.Option(help="Where bases may come from: a folder, hf://org/, s3://bucket/prefix/; repeatable."),
     ] = [],  # noqa: B006
     interval: Annotated[float, typer.Option(help="Seconds between two turns.", min=0.05)] = 1.0,
     materializer: Annotated[str | None, typer.Option(help="Command of the materialisation job.")] = None,
