@@ -1,26 +1,26 @@
 """Plaintext checkpoints in an object store: what is read of them, brought to a folder of this machine.
 
 Nothing vouches for these files: whoever may write the prefix decides what they are, and a
-base that must be one and no other is named by its digest. So this never touches the cache
-of replicas. A checkpoint appears whole or not at all, and a killed fetch goes on from the
-bytes that are there, as long as the store still lists the same objects.
+base that must be one and no other is named by its digest. A base appears whole or not at all,
+and a killed fetch goes on from the bytes that are there, as long as the store still lists the
+same objects.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from anamorph.errors import CheckpointError
-from anamorph.replica.fill import THREADS, Progress
+from anamorph.replica.fill import THREADS, Progress, pwrite
 from anamorph.replica.locks import locked
 from anamorph.replica.manifest import CHUNK
 from anamorph.replica.ranged import patiently
+from anamorph.replica.room import opened
 from anamorph.replica.stored import Listing, StoredCheckpoint
 
 
@@ -50,23 +50,15 @@ def fetch_plain(url: str, into: Path, progress: Progress = lambda _done, _total:
 
 def _fetched(source: StoredCheckpoint, into: Path, progress: Progress) -> Path:
     wanted = source.wanted()
-    place = into / _name_of(source.url, wanted)
+    place = into / source.state(wanted)
     if not place.exists():
         partial = place.with_name(f"{place.name}.partial")
         _clear(into, keep=partial)
         partial.mkdir(mode=0o700, exist_ok=True)
         _check_room(source.url, partial, wanted)
-        _fill(source, wanted, partial, progress)
-        if source.wanted() != wanted:
-            raise CheckpointError(f"{source.url} changed while it was fetched; it is fetched anew next time")
+        fill_plain(partial, source, wanted, progress, resume=True)
         partial.rename(place)
     return place
-
-
-def _name_of(url: str, wanted: Listing) -> str:
-    """A name for this state of the checkpoint."""
-    lines = [url, *(f"{name} {one.size} {one.mark}" for name, one in wanted.items())]
-    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:32]
 
 
 def _clear(into: Path, keep: Path) -> None:
@@ -85,7 +77,23 @@ def _check_room(url: str, partial: Path, wanted: Listing) -> None:
         )
 
 
-def _fill(source: StoredCheckpoint, wanted: Listing, folder: Path, progress: Progress) -> None:
+def fill_plain(
+    folder: Path, source: StoredCheckpoint, wanted: Listing, progress: Progress, *, resume: bool
+) -> None:
+    """Fetch files of a checkpoint into ``folder``.
+
+    Args:
+        folder: exists.
+        source: where they lie.
+        wanted: what ``source`` has listed.
+        progress: called with bytes that are here, and bytes in all.
+        resume: whether what is there has come from the same objects, from the beginning of each file on.
+
+    Raises:
+        CheckpointError: the objects are no longer those of ``wanted``.
+        BaseRefused, StoreUnavailable: as ``StoredCheckpoint.read``.
+        OSError: the folder cannot be written.
+    """
     total, done = sum(one.size for one in wanted.values()), 0
 
     def count(size: int) -> None:
@@ -95,30 +103,26 @@ def _fill(source: StoredCheckpoint, wanted: Listing, folder: Path, progress: Pro
 
     with ThreadPoolExecutor(THREADS, "anamorph-fetch") as threads:
         for name, stored in wanted.items():
-            _bring(source, name, stored.size, folder / name, threads, count)
+            with opened(folder / name) as descriptor:
+                begin = min(os.fstat(descriptor).st_size, stored.size) if resume else 0
+                count(begin)
+                for data, at in _chunks(source, name, begin, stored.size, threads):
+                    pwrite(descriptor, data, at)
+                    count(len(data))
+                os.fsync(descriptor)
+    if source.wanted() != wanted:
+        raise CheckpointError(f"{source.url} changed while it was fetched; it is fetched anew next time")
 
 
-def _bring(
-    source: StoredCheckpoint,
-    name: str,
-    size: int,
-    path: Path,
-    threads: ThreadPoolExecutor,
-    count: Callable[[int], None],
-) -> None:
-    """Append to one file what it lacks, a few chunks at a time so that memory stays bounded."""
-    if path.exists() and path.stat().st_size > size:
-        path.unlink()
-    with path.open("ab") as file:
-        starts = range(file.tell(), size, CHUNK)
-        count(file.tell())
-        for first in range(0, len(starts), THREADS):
-            window = starts[first : first + THREADS]
-            for data in threads.map(lambda at: _read(source, name, at, min(at + CHUNK, size)), window):
-                file.write(data)
-                count(len(data))
-        file.flush()
-        os.fsync(file.fileno())
+def _chunks(
+    source: StoredCheckpoint, name: str, begin: int, size: int, threads: ThreadPoolExecutor
+) -> Iterator[tuple[bytes, int]]:
+    """A file's bytes from ``begin`` on, in order; a few chunks at a time, so that memory stays bounded."""
+    starts = range(begin, size, CHUNK)
+    for first in range(0, len(starts), THREADS):
+        window = starts[first : first + THREADS]
+        read = threads.map(lambda at: _read(source, name, at, min(at + CHUNK, size)), window)
+        yield from zip(read, window, strict=True)
 
 
 def _read(source: StoredCheckpoint, name: str, start: int, stop: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class StoredCheckpoint:
         for name in names:
             self._check_size(name, found[name].size)
         return {name: found[name] for name in sorted(names)}
+
+    def state(self, wanted: Listing) -> str:
+        """A name for this state of the checkpoint: 64 hexadecimal digits, as long as a manifest's digest."""
+        lines = [self.url, *(f"{name} {one.size} {one.mark}" for name, one in wanted.items())]
+        return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
 
     def _weights(self, found: Listing) -> list[str]:
         if SINGLE in found:
