@@ -79,8 +79,9 @@ def started(home: Path, **environment: str) -> Iterator[Service]:
     subprocess.run([*command, "init", "--home", str(home)], check=True, capture_output=True)
     port_file = home / "port"
     serve = [*command, "serve", "--home", str(home), "--port", "0", "--port-file", str(port_file)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(serve, env=os.environ | environment, **quiet)
+    process = subprocess.Popen(
+        serve, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(600):
             if port_file.exists():
