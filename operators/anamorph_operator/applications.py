@@ -195,6 +195,7 @@ def _baseline_app(
         dtype=baseline.dtype,
         context_length=baseline.context_length,
         otlp_endpoint=desired.otlp_endpoint,
+        **({} if desired.cache is None else {"cache": desired.cache}),
     )
     settled = _settled(settings, observed.app(ref))
     return Application(ref.app, ref.route, settled, KeyState(jwks=desired.jwks))

@@ -17,6 +17,7 @@ import typer
 from pydantic import ValidationError
 
 from anamorph.errors import SetupError
+from anamorph.replica.location import local_path
 from anamorph.wire.keyservice import AsyncKeyService
 from anamorph.wire.serving import Cache, PoolSettings
 from anamorph_operator.local import LocalJobs, Workplace
@@ -45,10 +46,11 @@ def local(
     scratch: Annotated[Path, typer.Option(help="Folder for work in progress.")],
     ray_token_file: Annotated[Path | None, typer.Option(help="File with Ray's token.")] = None,
     baseline: Annotated[
-        list[str], typer.Option(help="NAME=FOLDER[,dtype=…][,engine=…][,context=N]; repeatable.")
+        list[str], typer.Option(help="NAME=FOLDER or URL[,dtype=…][,engine=…][,context=N]; repeatable.")
     ] = [],  # noqa: B006 - typer copies it
     allow_base: Annotated[
-        list[str], typer.Option(help="Where bases may come from: a folder, hf://org/; repeatable.")
+        list[str],
+        typer.Option(help="Where bases may come from: a folder, hf://org/, s3://bucket/prefix/; repeatable."),
     ] = [],  # noqa: B006
     interval: Annotated[float, typer.Option(help="Seconds between two turns.", min=0.05)] = 1.0,
     materializer: Annotated[str | None, typer.Option(help="Command of the materialisation job.")] = None,
@@ -80,18 +82,21 @@ def local(
 
 
 def parse_baseline(text: str) -> Baseline:
-    """Read ``NAME=FOLDER[,dtype=…][,engine=…][,context=N]``.
+    """Read ``NAME=FOLDER[,dtype=…][,engine=…][,context=N]``, with a folder's path or an object store's URL.
 
     Raises:
-        SetupError: another form, or an unknown option.
+        SetupError: another form, an unknown option, or a URL without ``context``.
     """
     place, *extra = text.split(",")
     name, separator, folder = place.partition("=")
     options = dict(item.partition("=")[::2] for item in extra)
     if not separator or not name or not folder or options.keys() - {"dtype", "engine", "context"}:
         raise SetupError("a baseline reads NAME=FOLDER[,dtype=float32][,engine=torch][,context=2048]")
-    context = int(options.pop("context", 0)) or _context_of(Path(folder))
-    return Baseline(name, str(Path(folder).absolute()), context, **options)  # type: ignore[arg-type]
+    context, path = int(options.pop("context", 0)), local_path(folder)
+    if path is None and not context:
+        raise SetupError(f"a baseline of an object store says its context: {name}={folder},context=2048")
+    where = folder if path is None else str(path)
+    return Baseline(name, where, context or _context_of(Path(where)), **options)  # type: ignore[arg-type]
 
 
 def parse_pool(text: str) -> tuple[str, dict[str, str]]:

@@ -61,7 +61,11 @@ class Ref:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A plaintext model served beside the replicas, for measurements only."""
+    """A plaintext model served beside the replicas, for measurements only.
+
+    Args:
+        folder: where its weights are: a path on every node, or a URL such as ``s3://bucket/path``.
+    """
 
     model: str
     folder: str

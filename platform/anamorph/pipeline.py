@@ -15,7 +15,7 @@ from pathlib import Path
 from anamorph import checkpoint
 from anamorph.checkpoint import MAX_SHARD_SIZE, FoldReport
 from anamorph.checkpoint.probe import make_probe
-from anamorph.errors import ReplicaExists, ReplicaRefused
+from anamorph.errors import BaseRefused, ReplicaExists, ReplicaRefused
 from anamorph.keys import TenantKey
 from anamorph.replica import Identity, ReplicaManifest, Store, fetch, keyed_tag, seal, verify
 from anamorph.replica.location import local_path
@@ -42,6 +42,7 @@ def make_replica(
     max_shard_size: int = MAX_SHARD_SIZE,
     workers: int = 1,
     parts: int = 0,
+    base_digest: str | None = None,
     progress: Progress = _silent,
 ) -> Materialized:
     """Make a replica of ``base`` under ``key``, publish it as ``name``, and return what to report.
@@ -58,11 +59,13 @@ def make_replica(
         max_shard_size: bytes of a shard.
         workers: processes that fold; the bytes are the same with any number.
         parts: into how many ``make_part`` has divided the fold, which is then only finished here.
+        base_digest: what the base must be, as ``Checkpoint.digest`` says it; ``None`` if any will do.
         progress: told what is being done.
 
     Raises:
         UnsupportedModel: no table covers the base.
         CheckpointError: the base cannot be read.
+        BaseRefused: the base, or what is published already, is not of ``base_digest``.
         FoldInterrupted: a part is missing.
         MaterializationError: the replica does not compute what the base computes.
         ReplicaRefused: ``name`` is taken by something that this key has not made.
@@ -87,7 +90,10 @@ def make_replica(
         checkpoint.compare(base, folded, key, device=device).check()
         progress("publish", 0.0)
         store.publish(folded, name)
-    return _published(store.url_of(name), folded, key, dtype, device, progress)
+    published = store.url_of(name)
+    manifest = verify(published, key.public_key(), key_id=key.id)
+    _check_base(manifest, key, base_digest)
+    return _probed(published, manifest, folded, key, dtype, device, progress)
 
 
 def make_part(
@@ -196,26 +202,42 @@ def _sealing(key: TenantKey, progress: Progress) -> Callable[[Path, FoldReport],
     return finish
 
 
-def _published(
-    url: str, folded: Path, key: TenantKey, dtype: Dtype, device: str, progress: Progress
+def _check_base(manifest: ReplicaManifest, key: TenantKey, base_digest: str | None) -> None:
+    """Refuse what was published before the base changed: the caller has only looked at the base of now."""
+    if base_digest is not None and manifest.base_tag != _base_tag(key, base_digest):
+        raise BaseRefused(
+            f"what is published of this version is of another base than {base_digest}: rotate the model"
+        )
+
+
+def _probed(
+    url: str,
+    manifest: ReplicaManifest,
+    folded: Path,
+    key: TenantKey,
+    dtype: Dtype,
+    device: str,
+    progress: Progress,
 ) -> Materialized:
-    """What to report of the replica at ``url``, verified once more where it is served from."""
-    manifest = verify(url, key.public_key(), key_id=key.id)
+    """What to report of the replica at ``url``, which has been verified where it is served from."""
     progress("probe", 0.0)
     probe = make_probe(_at_hand(url, folded, key), dtype=dtype, device=device)
     return Materialized(replica=url, manifest_sha256=manifest.sha256(), probe=probe)
 
 
+def _base_tag(key: TenantKey, base_digest: str) -> str:
+    return keyed_tag(key.subkey("plan"), bytes.fromhex(base_digest.removeprefix("sha256:")))
+
+
 def _identity(key: TenantKey, report: FoldReport) -> Identity:
-    tag_key = key.subkey("plan")
     return Identity(
         key_id=key.id,
         kcv=key.kcv,
         vocab_kcv=key.vocab_kcv,
         profile=report.plan.profile,
         table=report.plan.table_id,
-        base_tag=keyed_tag(tag_key, bytes.fromhex(report.base_digest.removeprefix("sha256:"))),
-        plan_tag=keyed_tag(tag_key, report.plan.canonical()),
+        base_tag=_base_tag(key, report.base_digest),
+        plan_tag=keyed_tag(key.subkey("plan"), report.plan.canonical()),
         added=report.plan.added,
     )
 

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,16 @@ class Service:
     platform: str
 
 
-@pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+@contextmanager
+def started(home: Path, **environment: str) -> Iterator[Service]:
     """The real key service in a process of its own, on a free port."""
-    home = tmp_path_factory.mktemp("keysvc") / "home"
     command = [sys.executable, "-m", "anamorph_keysvc.main"]
     subprocess.run([*command, "init", "--home", str(home)], check=True, capture_output=True)
     port_file = home / "port"
     serve = [*command, "serve", "--home", str(home), "--port", "0", "--port-file", str(port_file)]
-    process = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        serve, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(600):
             if port_file.exists():
@@ -91,6 +93,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One key service for all tests that do not ask for settings of their own."""
+    with started(tmp_path_factory.mktemp("keysvc") / "home") as running:
+        yield running
 
 
 class Materializing:
@@ -133,6 +142,19 @@ class Materializing:
             "dtype": "float32",
             "allow_base": [str(self._base.parent)],
         } | changes
+
+    def pod(self, **changes: Any) -> tuple[str, Path, str, Path]:
+        """Options of a job that asks for its own grant: its task, and the credential of a materialiser."""
+        folder = self.scratch.parent
+        task, token = folder / "task.json", folder / "token"
+        order = self.order(**changes)
+        task.write_text(json.dumps({name: value for name, value in order.items() if name != "grant"}))
+        token.write_text(self.credential() + "\n")
+        return "--task", task, "--token-file", token
+
+    def credential(self, role: Role = Role.MATERIALIZER) -> str:
+        """A new API key."""
+        return self.keys.create_api_key(self.tenant, ApiKeyCreate(name="pods", role=role)).secret
 
     @property
     def version(self) -> KeyVersionRead:

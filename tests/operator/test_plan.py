@@ -131,6 +131,8 @@ def test_a_base_outside_the_allow_list_is_refused(
         ("/bases/../etc", "/bases", False),
         ("s3://models/smol", "s3://models", True),
         ("s3://models/../secret/smol", "s3://models/public", False),
+        ("s3://models/public/smol", "s3://models/public/", True),
+        ("s3://models/public2/smol", "s3://models/public/", False),
         ("gs://models/smol", "s3://models", False),
         ("/bases/smol", "file:///bases", False),
         ("hf://HuggingFaceTB/SmolLM2@v1.0", "hf://HuggingFaceTB/", True),

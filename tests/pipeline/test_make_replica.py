@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anamorph.errors import MaterializationError, ReplicaRefused, UnknownTensor
+from anamorph.checkpoint import Checkpoint
+from anamorph.errors import BaseRefused, MaterializationError, ReplicaRefused, UnknownTensor
 from anamorph.keys import TenantKey
 from anamorph.pipeline import fold, make_part, make_replica
 from anamorph.replica import Identity, Store, seal, verify
@@ -43,6 +44,18 @@ def test_published_work_is_taken_up(base: Path, key: TenantKey, store: Store, tm
     )
     assert second.manifest_sha256 == first.manifest_sha256
     assert phases == ["probe"]
+
+
+def test_published_work_of_another_base_is_refused(
+    base: Path, key: TenantKey, store: Store, tmp_path: Path
+) -> None:
+    """What was published before a base changed is not reported as a replica of the new one."""
+    digest = Checkpoint.open(base).digest()
+    first = make_replica(base, store, NAME, key, scratch=tmp_path / "first", base_digest=digest)
+    again = make_replica(base, store, NAME, key, scratch=tmp_path / "again", base_digest=digest)
+    assert again == first
+    with pytest.raises(BaseRefused, match="another base than sha256:0000"):
+        make_replica(base, store, NAME, key, scratch=tmp_path / "third", base_digest=f"sha256:{0:064}")
 
 
 def test_finished_but_unpublished_work_is_taken_up(

@@ -10,6 +10,7 @@ import pytest
 from anamorph.errors import BaseRefused, SetupError
 from anamorph.replica.location import allowed_base, local_path, remote_path
 from anamorph.wire.hub import HubReference
+from anamorph.wire.objects import ObjectReference
 
 
 @pytest.fixture
@@ -110,6 +111,59 @@ def test_any_other_base_on_the_hub_is_refused(base: str, prefix: str) -> None:
     """Neither a longer name, another revision, dots nor a stranger's proposal passes."""
     with pytest.raises(BaseRefused):
         allowed_base(base, [prefix])
+
+
+@pytest.mark.parametrize(
+    ("base", "prefix"),
+    [
+        ("s3://models/llama/8b", "s3://models/llama/"),
+        ("s3://models/llama/8b/", "s3://models/llama"),
+        ("s3://models/llama/8b", "s3://models/llama/8b"),
+        ("s3://models/llama/8b", "s3://models"),
+        ("s3://models", "s3://models/"),
+        ("gs://models/run=7/_step@100", "gs://models/run=7"),
+    ],
+)
+def test_a_base_in_an_object_store_goes_by_whole_names(base: str, prefix: str) -> None:
+    """A prefix is a bucket or a folder, and allows itself and what lies in it."""
+    found = allowed_base(base, ["/nowhere", "hf://models/", prefix])
+    assert found == ObjectReference.parse(base)
+    assert str(found) == base.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    ("base", "prefix"),
+    [
+        ("s3://b/models2", "s3://b/models"),
+        ("s3://b/models2/x", "s3://b/models/"),
+        ("s3://b2/models", "s3://b"),
+        ("s3://b/x", "s3://b/x/y"),
+        ("gs://b/models", "s3://b/models"),
+        ("s3://b/models", "s3://"),
+        ("s3://b/models", "/"),
+        ("s3://b/models", "hf://b/"),
+        ("/", "s3://b"),
+        ("S3://b/models", "s3://b"),
+        *(
+            (f"s3://b/{path}", "s3://b")
+            for path in ("../c", "models/../x", "./x", "a//b", "a/*", "a?versionId=1", "a b")
+        ),
+        *((f"s3://b/{path}", "s3://b") for path in ("a#b", "a\n", "x\u00e9", ".hidden", "a%2e%2e", "/x")),
+        ("s3://[b/x", "s3://b"),
+        ("s3://", "s3://"),
+    ],
+)
+def test_any_other_base_in_an_object_store_is_refused(base: str, prefix: str) -> None:
+    """Neither a longer name, another bucket or store, dots, patterns nor options pass."""
+    with pytest.raises(BaseRefused):
+        allowed_base(base, [prefix])
+
+
+def test_credentials_in_a_base_are_refused_and_not_repeated() -> None:
+    """The reason of a failure is kept by the key service: it must hold no password."""
+    with pytest.raises(BaseRefused) as caught:
+        allowed_base("s3://user:hunter2@bucket/models", ["s3://bucket"])
+    assert "hunter2" not in str(caught.value)
 
 
 def test_an_unknown_scheme_is_an_error_of_the_setup() -> None:

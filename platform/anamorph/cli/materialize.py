@@ -1,8 +1,10 @@
-"""``anamorph materialize``: one materialisation job, called by the operator.
+"""``anamorph materialize``: one materialisation job in a single piece.
 
-The order comes on standard input, because the grant in it must be in no argument
-list and no environment. Exit codes: 0 staged; 2 the order is malformed; 3 refused
-for good, and reported as failed; anything else may be tried again with a new grant.
+With ``--task`` and ``--token-file``, as in a pod, the job asks for a grant of its own. Without,
+its order comes on standard input from an operator on the same machine, grant included: that
+must be in no argument list and no environment. Exit codes: 0 staged; 2 the order is
+malformed; 3 refused for good, and reported as failed; 143 ended by SIGTERM; anything
+else, that too, may be tried again, with the same scratch and a new grant.
 """
 
 from __future__ import annotations
@@ -10,114 +12,70 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from anamorph import errors
-from anamorph.wire.admin import Dtype, Failure, Materialized, Message, Profile, Progress
-from anamorph.wire.ids import Label
+from anamorph.cli import task as tasks
+from anamorph.cli.machine.signals import end_at_once
+from anamorph.cli.task import Task
+from anamorph.wire.admin import Materialized, Progress
+from anamorph.wire.hub import HubReference
 from anamorph.wire.keyservice import KeyService
+from anamorph.wire.objects import ObjectReference
 
 if TYPE_CHECKING:
     from anamorph.keys import TenantKey
 
-REFUSED = 3
-_FOR_GOOD = (
-    errors.UnsupportedModel,
-    errors.BaseRefused,
-    errors.MaterializationError,
-    errors.ReplicaError,
-)
 # Answers that say: this grant is void, or the version no longer waits for a replica.
 _GRANT_OVER = (errors.Unauthenticated, errors.Forbidden, errors.NotFound, errors.Conflict, errors.Gone)
 _REPORT_EVERY_S = 1.0
 
 
-class Task(Message):
-    """What is to be made; nothing in it is secret.
+class Whole(Task):
+    """What is to be made in a single piece.
 
     Args:
-        keysvc: URL of the key service.
-        store: URL of the replica store; the replica is published there as ``tenant/model/vN``.
-        scratch: folder for work in progress, on a disk of the control zone.
-        base, profile, dtype: from the model record.
-        allow_base: the operator's own list of where a base may come from: folders, ``hf://org/``.
-        device: torch device of the products.
-        max_shard_size: bytes of a file of the replica.
+        workers: processes that fold.
     """
 
-    model_config = ConfigDict(hide_input_in_errors=True)
-
-    keysvc: str
-    tenant: Label
-    model: Label
-    version: int = Field(ge=1)
-    store: str
-    scratch: Path
-    base: str
-    profile: Profile
-    dtype: Dtype
-    allow_base: tuple[str, ...]
-    device: str = "cpu"
-    max_shard_size: int = Field(default=2**29, ge=1)
-
-    @property
-    def name(self) -> str:
-        """Name in the store, and folder under ``scratch``."""
-        return f"{self.tenant}/{self.model}/v{self.version}"
-
-    @property
-    def place(self) -> Path:
-        """Folder for this version's work in progress."""
-        return self.scratch / self.name
+    workers: int = Field(default=1, ge=1)
 
 
-class Order(Task):
+class Order(Whole):
     """What the operator writes to the job's standard input.
 
     Args:
         grant: the materialisation grant: releases the root once, and reports.
-        workers: processes that fold.
     """
 
     grant: str = Field(repr=False)
-    workers: int = Field(default=1, ge=1)
 
 
-AnyTask = TypeVar("AnyTask", bound=Task)
-
-
-def materialize() -> None:
-    """Run one materialisation job; its order is one JSON object on standard input."""
-    order = read(Order, sys.stdin.buffer.read(), "the order on standard input")
-    with KeyService(order.keysvc, order.grant) as keys, reported(order, keys):
+def materialize(
+    task: Annotated[
+        Path | None, typer.Option("--task", help="JSON file: what is to be made. Default: standard input.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", help="Credential of a materialiser; with --task.")
+    ] = None,
+) -> None:
+    """Run one materialisation job; without options its order is one JSON object on standard input."""
+    end_at_once()
+    if task is not None and token_file is not None:
+        wanted = tasks.read(Whole, task.read_bytes(), str(task))
+        made = tasks.under_grant(wanted, token_file, lambda keys: run(wanted, keys, workers=wanted.workers))
+        typer.echo(made.replica)
+        return
+    if task is not None or token_file is not None:
+        raise typer.BadParameter("--task and --token-file go together")
+    order = tasks.read(Order, sys.stdin.buffer.read(), "the order on standard input")
+    with KeyService(order.keysvc, order.grant) as keys, tasks.reported(order, keys):
         run(order, keys, workers=order.workers)
-
-
-def read(kind: type[AnyTask], content: bytes, what: str) -> AnyTask:
-    """A task from JSON; one that is malformed ends the process with 2, and its fields are named."""
-    try:
-        return kind.model_validate_json(content)
-    except ValidationError as error:
-        fields = ", ".join(sorted({".".join(map(str, part["loc"])) for part in error.errors()}))
-        typer.echo(f"error: {what} is malformed: {fields or 'no JSON'}", err=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def reported(task: Task, keys: KeyService) -> Iterator[None]:
-    """What is refused for good is reported as failed, and ends the process with ``REFUSED``."""
-    try:
-        yield
-    except _FOR_GOOD as error:
-        keys.fail(task.tenant, task.model, task.version, Failure(reason=str(error)[:500]))
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(REFUSED) from None
 
 
 def run(
@@ -140,7 +98,7 @@ def run(
     from anamorph.replica import Store
 
     report = _reporter(task, keys, now)
-    # Fetched before the root is released: a long download must not happen with a root in memory.
+    # Fetched and checked before the root is released: neither may take its time with a root in memory.
     base = _base(task, report)
     made = make_replica(
         base,
@@ -154,6 +112,7 @@ def run(
         max_shard_size=task.max_shard_size,
         workers=workers,
         parts=parts,
+        base_digest=task.base_digest,
         progress=report,
     )
     keys.stage(task.tenant, task.model, task.version, made)
@@ -193,14 +152,38 @@ def run_part(
 
 
 def _base(task: Task, report: Callable[[str, float], None]) -> Path:
-    from anamorph.checkpoint.source import fetch_base
+    """The folder of the base, fetched first where it lies elsewhere, and of the digest that is asked for.
+
+    Raises:
+        BaseRefused: not allowed, not there, not whole, or another one.
+        CheckpointError, StoreUnavailable: it cannot be fetched or read now.
+    """
     from anamorph.replica.location import allowed_base
 
     base = allowed_base(task.base, task.allow_base)
-    if isinstance(base, Path):
-        return base
+    folder = base if isinstance(base, Path) else _fetched(task, base, report)
+    if task.base_digest is not None:
+        report("digest", 0.0)
+        _check_digest(folder, task.base_digest)
+    return folder
+
+
+def _fetched(task: Task, base: HubReference | ObjectReference, report: Callable[[str, float], None]) -> Path:
+    from anamorph.checkpoint.source import fetch_base
+    from anamorph.replica.plain import fetch_plain
+
     report("download", 0.0)
-    return fetch_base(base)
+    if isinstance(base, HubReference):
+        return fetch_base(base)
+    return fetch_plain(str(base), task.place / "base", lambda done, total: report("download", done / total))
+
+
+def _check_digest(base: Path, digest: str) -> None:
+    from anamorph.checkpoint import Checkpoint
+
+    found = Checkpoint.open(base).digest()
+    if found != digest:
+        raise errors.BaseRefused(f"the base has the digest {found}, and {digest} is asked for")
 
 
 def _released_key(task: Task, keys: KeyService, part: int | None = None) -> TenantKey:

@@ -30,7 +30,10 @@ def create(
     tenant: Tenant,
     model: Model,
     base: Annotated[
-        str, typer.Option(help="Folder of the plaintext checkpoint, or hf://org/name[@revision].")
+        str,
+        typer.Option(
+            help="The plaintext checkpoint: a folder, hf://org/name[@revision] or s3://bucket/path."
+        ),
     ],
     vocab_size: Annotated[int, typer.Option(min=2, help="Rows of the embedding.")],
     context_length: Annotated[int, typer.Option(min=1, help="Most tokens of prompt and answer together.")],

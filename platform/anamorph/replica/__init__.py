@@ -4,7 +4,7 @@ Nothing here knows a key: signing functions and trust anchors are passed in.
 """
 
 from anamorph.replica.cache import Cache
-from anamorph.replica.held import Held, hold
+from anamorph.replica.held import Held, Kept, hold
 from anamorph.replica.manifest import CHUNK, FORMAT, MANIFEST, FileEntry, Identity, ReplicaManifest, keyed_tag
 from anamorph.replica.ranged import RangedReplica
 from anamorph.replica.seal import build_manifest, seal, sign
@@ -20,6 +20,7 @@ __all__ = [
     "FileEntry",
     "Held",
     "Identity",
+    "Kept",
     "RangedReplica",
     "ReplicaManifest",
     "Store",

@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from anamorph.errors import ReplicaRefused, SetupError, StoreUnavailable
 from anamorph.replica.files import open_folder
 from anamorph.replica.fill import Progress, fill
-from anamorph.replica.held import Held, hold, states
+from anamorph.replica.held import Held, Kept, hold, states
 from anamorph.replica.locks import lock
+from anamorph.replica.plain import fill_plain
 from anamorph.replica.ranged import RangedReplica, patiently
 from anamorph.replica.room import Room, writing
+from anamorph.replica.stored import Listing, StoredCheckpoint
 from anamorph.replica.verify import check_names, trusted_manifest
 
 DEFAULT_LIMIT = 200 * 2**30
@@ -36,6 +39,7 @@ _ROUNDS = 3
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Phase = Callable[[str], AbstractContextManager[None]]
+AnyKept = TypeVar("AnyKept", bound=Kept)
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,57 @@ class Cache:
         digest = manifest_sha256 or self._digest_at(location, public_key, key_id)
         if not _DIGEST.fullmatch(digest):
             raise ReplicaRefused("a manifest's digest is 64 hexadecimal digits, lower case")
+        return self._using(digest, lambda use: self._held(_Wanted(location, public_key, key_id, digest), use))
+
+    def hold_plain(self, url: str) -> Kept:
+        """A copy of the plaintext checkpoint at ``url``: nothing vouches for it, it is for baselines only.
+
+        Its entry bears the SHA-256 of URL, names, sizes and marks that the store lists, so the store is
+        asked each time. A fetch that was killed begins anew.
+
+        Raises:
+            BaseRefused: no checkpoint there, or none that may be read.
+            CheckpointError: it changed while it was fetched.
+            StoreUnavailable: the store does not answer, or the process that fetches has stalled.
+            SetupError: it does not fit the cache or the disk.
+        """
+        source = StoredCheckpoint(url)
+        with self._phase("fetch"):
+            wanted = source.wanted()
+        return self._using(source.state(wanted), lambda use: self._plain(source, wanted, use))
+
+    def _using(self, digest: str, keep: Callable[[int], AnyKept]) -> AnyKept:
+        """What ``keep`` makes of a lock that keeps the entry from being evicted."""
         use = lock(self._room.use_lock(digest), shared=True)
         assert use is not None  # noqa: S101 - it was waited for
         try:
             os.utime(use)
-            held = self._held(_Wanted(location, public_key, key_id, digest), use)
+            kept = keep(use)
         except BaseException:
             os.close(use)
             raise
         self._room.trim()
-        return held
+        return kept
+
+    def _plain(self, source: StoredCheckpoint, wanted: Listing, use: int) -> Kept:
+        digest = source.state(wanted)
+        entry, partial = self._room.entry(digest), self._room.partial(digest)
+        with self._phase("fetch"), self._filling(digest) as beat:
+            if not entry.exists():
+                self._room.reserve(digest, {name: one.size for name, one in wanted.items()})
+                with writing(partial):
+                    fill_plain(partial, source, wanted, self._told(beat), resume=False)
+                    partial.rename(entry)
+        return Kept(entry, use)
+
+    def _told(self, beat: Callable[[], None]) -> Progress:
+        """Progress that also says that the work goes on."""
+
+        def progress(done: int, total: int) -> None:
+            beat()
+            self._progress(done, total)
+
+        return progress
 
     def _digest_at(self, location: str | os.PathLike[str], public_key: bytes, key_id: str | None) -> str:
         with (
@@ -147,13 +192,7 @@ class Cache:
         with open_folder(wanted.location) as folder:
             manifest = patiently(lambda: trusted_manifest(folder, wanted.public_key, **pins))
             check_names(patiently(folder.names), manifest)
-            source = RangedReplica(folder, manifest)
-
-            def progress(done: int, total: int) -> None:
-                beat()
-                self._progress(done, total)
-
-            self._fill(wanted.digest, source, progress)
+            self._fill(wanted.digest, RangedReplica(folder, manifest), self._told(beat))
 
     def _fill(self, digest: str, source: RangedReplica, progress: Progress) -> None:
         entry, partial = self._room.entry(digest), self._room.partial(digest)
@@ -161,7 +200,7 @@ class Cache:
             fill(entry, source, progress)
             return
         try:
-            self._room.reserve(digest, source.manifest)
+            self._room.reserve(digest, source.manifest.sizes)
             fill(partial, source, progress)
         except (ReplicaRefused, SetupError):
             # Not so when the store is away: what has come is taken up by the next try.

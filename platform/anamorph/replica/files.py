@@ -135,7 +135,7 @@ class RemoteFolder:
         # The listing must not come from fsspec's cache: another process may have published since.
         self._fs.invalidate_cache()
         with _reading_store():
-            found = sorted(self._ask("ls", self._path, detail=True), key=lambda entry: str(entry["name"]))
+            found = sorted(ask(self._fs, "ls", self._path, detail=True), key=lambda entry: str(entry["name"]))
         names = [str(entry["name"]).rsplit("/", 1)[-1] for entry in found]
         for name, entry in zip(names, found, strict=True):
             check_name(name)
@@ -146,23 +146,25 @@ class RemoteFolder:
     def chunks(self, name: str) -> Iterator[bytes]:
         check_name(name)
         with _reading_store():
-            size = int(self._ask("info", f"{self._path}/{name}")["size"])
+            size = int(ask(self._fs, "info", f"{self._path}/{name}")["size"])
         for start in range(0, size, CHUNK):
             yield self.read(name, start, min(start + CHUNK, size))
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         check_name(name)
         with _reading_store():
-            return bytes(self._ask("cat_file", f"{self._path}/{name}", start=start, end=stop))
+            return bytes(ask(self._fs, "cat_file", f"{self._path}/{name}", start=start, end=stop))
 
-    def _ask(self, method: str, *args: Any, **options: Any) -> Any:
-        from fsspec.asyn import sync
 
-        if not self._fs.async_impl:
-            return getattr(self._fs, method)(*args, **options)
-        # Not through the synchronous twin, which would wait for ever.
-        asked = getattr(self._fs, f"_{method}")
-        return sync(self._fs.loop, asked, *args, timeout=ANSWER_TIMEOUT_S, **options)
+def ask(filesystem: Any, method: str, *args: Any, **options: Any) -> Any:
+    """What a method of an fsspec file system answers, waited for no longer than ``ANSWER_TIMEOUT_S``."""
+    from fsspec.asyn import sync
+
+    if not filesystem.async_impl:
+        return getattr(filesystem, method)(*args, **options)
+    # Not through the synchronous twin, which would wait for ever.
+    asked = getattr(filesystem, f"_{method}")
+    return sync(filesystem.loop, asked, *args, timeout=ANSWER_TIMEOUT_S, **options)
 
 
 def check_name(name: str) -> None:

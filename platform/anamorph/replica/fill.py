@@ -37,9 +37,9 @@ def fill(folder: Path, source: RangedReplica, progress: Progress) -> None:
     """
     manifest = source.manifest
     jobs = [(name, at) for name, file in manifest.files.items() for at in range(len(file.chunks))]
-    total, done = sum(file.size for file in manifest.files.values()), 0
+    total, done = sum(manifest.sizes.values()), 0
     with writing(folder):
-        lay_out(folder, manifest)
+        lay_out(folder, manifest.sizes)
         _allocate(folder, manifest)
         with ThreadPoolExecutor(THREADS, "anamorph-fetch") as threads:
             try:
@@ -66,7 +66,7 @@ def _bring(folder: Path, source: RangedReplica, name: str, index: int) -> int:
     length = min(CHUNK, entry.size - index * CHUNK)
     with opened(folder / name) as descriptor:
         if not entry.matches(index, _pread(descriptor, length, index * CHUNK)):
-            _pwrite(descriptor, source.chunk(name, index), index * CHUNK)
+            pwrite(descriptor, source.chunk(name, index), index * CHUNK)
     return length
 
 
@@ -74,7 +74,7 @@ def _write_manifest(path: Path, content: bytes) -> None:
     with opened(path) as descriptor:
         if _pread(descriptor, len(content) + 1, 0) != content:
             os.ftruncate(descriptor, 0)
-            _pwrite(descriptor, content, 0)
+            pwrite(descriptor, content, 0)
 
 
 def _pread(descriptor: int, length: int, offset: int) -> bytes:
@@ -86,7 +86,8 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def _pwrite(descriptor: int, data: bytes, offset: int) -> None:
+def pwrite(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of ``data`` at ``offset``."""
     left = memoryview(data)
     while left:
         written = os.pwrite(descriptor, left, offset)

@@ -1,10 +1,11 @@
-"""A replica that was verified, for as long as somebody loads or computes with it."""
+"""A folder of weights, kept for as long as somebody loads or computes with it; verified, if a replica."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from anamorph.errors import ReplicaRefused
 from anamorph.replica.manifest import ReplicaManifest
@@ -13,25 +14,20 @@ from anamorph.replica.verify import verify
 States = dict[str, tuple[int, ...]]
 
 
-class Held:
-    """A verified replica in a local folder, kept from eviction until ``close`` or the end of the process."""
+class Kept:
+    """A local folder that is kept from eviction until ``close`` or the end of the process.
 
-    def __init__(self, folder: Path, manifest: ReplicaManifest, before: States, use: int | None) -> None:
+    Args:
+        folder: of the weights.
+        use: descriptor whose lock keeps the folder; ``None`` for one that no cache holds.
+    """
+
+    def __init__(self, folder: Path, use: int | None = None) -> None:
         self.folder = folder
-        self.manifest = manifest
-        self._states = before
         self._use = use
 
     def check_unchanged(self) -> None:
-        """Refuse if any file was touched since it was verified; to be called after loading.
-
-        Every write, rename or change of mode moves a file's change time, which no process can set.
-
-        Raises:
-            ReplicaRefused: what was loaded may not be what was checked.
-        """
-        if states(self.folder) != self._states:
-            raise ReplicaRefused("the replica's folder changed after it was verified")
+        """To be called after loading; here nothing was verified, so nothing can differ."""
 
     def close(self) -> None:
         """Let the cache evict it again; twice does no harm."""
@@ -40,13 +36,33 @@ class Held:
             os.close(self._use)
             self._use = None
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Held(Kept):
+    """A verified replica in a local folder."""
+
+    def __init__(self, folder: Path, manifest: ReplicaManifest, before: States, use: int | None) -> None:
+        super().__init__(folder, use)
+        self.manifest = manifest
+        self._states = before
+
+    def check_unchanged(self) -> None:
+        """Refuse if any file was touched since it was verified.
+
+        Every write, rename or change of mode moves a file's change time, which no process can set.
+
+        Raises:
+            ReplicaRefused: what was loaded may not be what was checked.
+        """
+        if states(self.folder) != self._states:
+            raise ReplicaRefused("the replica's folder changed after it was verified")
 
 
 def hold(

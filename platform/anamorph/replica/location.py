@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from anamorph.errors import BaseRefused, SetupError
-from anamorph.wire import hub
+from anamorph.wire import hub, objects
 
 OBJECT_STORES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 """URL schemes beside ``file``, and the package behind each. fsspec's other schemes and chains are refused."""
@@ -52,20 +52,45 @@ def remote_path(url: str) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
-def allowed_base(base: str, prefixes: Iterable[str]) -> Path | hub.HubReference:
-    """Where a base checkpoint is, if an allowed prefix covers it: a folder, links resolved, or ``hf://…``.
+def allowed_base(base: str, prefixes: Iterable[str]) -> Path | hub.HubReference | objects.ObjectReference:
+    """Where a base checkpoint is, if an allowed prefix covers it.
 
-    Links of the folder and of the files in it are followed first: a checkpoint cannot
-    point out of what the operator allows. Of the hub, a prefix is an organisation or one
-    reference; nothing is fetched here. No prefix at all allows nothing.
+    That is a folder, with links of it and of the files in it followed first: a checkpoint cannot
+    point out of what the operator allows; ``hf://…``, where a prefix is an organisation or one
+    reference; or a folder of an object store, where a prefix covers what lies below it, name by
+    name. Nothing is fetched here. No prefix at all allows nothing.
 
     Raises:
-        BaseRefused: outside every prefix, or neither a folder on this machine nor a hub reference.
+        BaseRefused: outside every prefix, or none of the three.
     """
     prefixes = list(prefixes)
     if base.startswith(hub.SCHEME):
         return _allowed_reference(base, prefixes)
-    return _allowed_folder(base, [Path(one).resolve() for one in prefixes if not one.startswith(hub.SCHEME)])
+    if _is_remote(base):
+        return _allowed_objects(base, prefixes)
+    return _allowed_folder(base, [Path(one).resolve() for one in prefixes if not _is_elsewhere(one)])
+
+
+def _is_elsewhere(prefix: str) -> bool:
+    return prefix.startswith(hub.SCHEME) or _is_remote(prefix)
+
+
+def _is_remote(url: str) -> bool:
+    scheme, separator, _ = url.partition("://")
+    return bool(separator) and scheme in OBJECT_STORES
+
+
+def _allowed_objects(base: str, prefixes: list[str]) -> objects.ObjectReference:
+    reference = objects.ObjectReference.parse(base)
+    if reference is None:
+        # Without the URL: what is refused may hold a password.
+        raise BaseRefused(
+            "a base in an object store reads s3://bucket/path or gs://bucket/path: "
+            "names of letters, digits and ._=+@-, no credentials, no options"
+        )
+    if not reference.under(prefixes):
+        raise BaseRefused(f"{reference} is outside what --allow-base covers")
+    return reference
 
 
 def _allowed_reference(base: str, prefixes: list[str]) -> hub.HubReference:
@@ -81,7 +106,8 @@ def _allowed_folder(base: str, roots: list[Path]) -> Path:
     path = local_path(base)
     if path is None or not path.is_dir():
         raise BaseRefused(
-            "the base is no folder on this machine: copy it to one that --allow-base covers, or name hf://org/name"
+            "the base is no folder on this machine: copy it to one that --allow-base covers, "
+            "or name hf://org/name or s3://bucket/path"
         )
     if ".." in Path(base).parts:
         raise BaseRefused("the base's path must not hold '..': write it out")

@@ -106,6 +106,11 @@ class ReplicaManifest(Identity):
             raise ValueError("config.json is missing")
         return self
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file but ``anamorph.json``."""
+        return {name: file.size for name, file in self.files.items()}
+
     def signed_bytes(self) -> bytes:
         """What the Ed25519 signature covers: canonical JSON of every field but ``signature``."""
         return canonical_json(self.model_dump(mode="json", exclude={"signature"}))

@@ -1,6 +1,7 @@
 """Room in the cache: what lies there, what may go, and in which order.
 
-    FOLDER/entries/DIGEST   whole replicas, by the SHA-256 of their manifest
+    FOLDER/entries/DIGEST   whole replicas, by the SHA-256 of their manifest; plaintext baselines,
+                            by that of URL and listing
     FOLDER/partial/DIGEST   replicas being fetched, their files at full length from the start
     FOLDER/trash/…          being removed
     FOLDER/locks/DIGEST.use held shared by every process that uses or fetches the replica
@@ -16,14 +17,14 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from anamorph.errors import SetupError
 from anamorph.replica.locks import locked
-from anamorph.replica.manifest import MANIFEST, ReplicaManifest
+from anamorph.replica.manifest import MANIFEST
 
 ABANDONED_S = 3600.0
 """After this long, what a killed process was fetching is removed even if nothing needs the room."""
@@ -74,15 +75,19 @@ class Room:
         """Held by who fetches or repairs; its time moves as that goes on."""
         return self.folder / "locks" / f"{digest}.fill"
 
-    def reserve(self, digest: str, manifest: ReplicaManifest) -> None:
+    def reserve(self, digest: str, sizes: Mapping[str, int]) -> None:
         """Make room, and ``partial`` with this replica's files in it at their full length.
 
         What a killed process has left of the same replica stays in it.
 
+        Args:
+            digest: names the entry.
+            sizes: bytes of each file.
+
         Raises:
             SetupError: the replica is larger than the limit or the disk, or the rest is in use.
         """
-        need = sum(file.size for file in manifest.files.values())
+        need = sum(sizes.values())
         if need > self.limit:
             raise SetupError(
                 f"the replica has {need} bytes, more than the cache may hold: "
@@ -94,7 +99,7 @@ class Room:
             self._evict(need, _missing(partial, need), besides=partial)
             with writing(partial):
                 partial.mkdir(mode=0o700, exist_ok=True)
-                lay_out(partial, manifest)
+                lay_out(partial, sizes)
 
     def trim(self) -> None:
         """Remove what is left over and what is beyond the limit, unless somebody is at it already."""
@@ -177,19 +182,19 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def lay_out(folder: Path, manifest: ReplicaManifest) -> None:
+def lay_out(folder: Path, sizes: Mapping[str, int]) -> None:
     """Give every file its length; what is no plain file of this replica is removed.
 
     A file that has its length already is not touched: others may be reading it.
     """
     for path in folder.iterdir():
-        known = path.name in manifest.files or path.name == MANIFEST
+        known = path.name in sizes or path.name == MANIFEST
         if not known or path.is_symlink() or not path.is_file():
             remove(path)
-    for name, entry in manifest.files.items():
+    for name, size in sizes.items():
         with opened(folder / name) as descriptor:
-            if os.fstat(descriptor).st_size != entry.size:
-                os.ftruncate(descriptor, entry.size)
+            if os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, size)
 
 
 @contextmanager

@@ -195,8 +195,8 @@ class ModelCreate(Message):
     """A model to be served in the tenant's coordinates.
 
     Args:
-        base: folder of the plaintext checkpoint, or ``hf://org/name[@revision]``; the operator's
-            allow-list must cover it.
+        base: folder of the plaintext checkpoint, ``hf://org/name[@revision]``, or ``s3://bucket/path``;
+            the operator's allow-list must cover it.
         base_digest: what the base must be, as a fold reports it; any base at that place if absent.
         vocab_size: rows of the embedding, which is what the vocabulary permutation acts on.
         tokenizer_digest, chat_template_digest: a client refuses any other tokenizer or template.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import uuid
 from base64 import b64encode
@@ -10,12 +11,13 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from anamorph import telemetry
-from anamorph.errors import ReplicaRefused, SetupError
+from anamorph.errors import BaseRefused, ReplicaRefused, SetupError
 from anamorph.keys import TenantKey
 from anamorph.replica import Identity, ReplicaManifest, Store, seal
 from anamorph.serve.api.endpoint import Endpoint
@@ -64,6 +66,59 @@ def published(tmp_path: Path) -> Published:
     manifest = seal(folder, Identity.model_validate(about | tags), key.sign)
     url = Store(f"memory://{uuid.uuid4().hex}").publish(folder, "acme/smol/v1")
     return Published(url, manifest, key, tmp_path / "cache")
+
+
+@pytest.fixture
+def baseline(published: Published) -> EngineSettings:
+    """The same files as a plaintext model of an object store, with a tokenizer beside them."""
+    url = f"memory://{uuid.uuid4().hex}"
+    fsspec.filesystem("memory").pipe(
+        {
+            f"{url}/config.json": b'{"vocab_size": 100}',
+            f"{url}/model.safetensors": save({"a": np.zeros(9, np.float32)}),
+            f"{url}/tokenizer.json": b"{}",
+        }
+    )
+    plain = {"tenant": "plaintext", "version": 0, "protection": "plaintext", "replica": url}
+    return published.settings(**plain, key_id=None, public_key=None, manifest_sha256=None)
+
+
+def test_a_baseline_comes_through_the_cache(baseline: EngineSettings, published: Published) -> None:
+    """Once for each state of its objects; nothing is verified, so the store is asked at every start."""
+    entries = published.cache / "entries"
+    for expected in (1, 1, 2):
+        if expected == 2:
+            fsspec.filesystem("memory").pipe(f"{baseline.replica}/config.json", b'{"vocab_size": 64}')
+        start = ColdStart()
+        engine = open_engine(baseline, start=start)
+        assert set(start.seconds) == {"fetch", "load"}
+        assert len(list(entries.iterdir())) == expected
+        engine.close()
+    assert {path.name for path in entries.glob("*/*")} == {"config.json", "model.safetensors"}
+
+
+def test_a_baseline_counts_in_the_caches_limit(baseline: EngineSettings, published: Published) -> None:
+    """One that is larger is refused with the setting to change; one that fits makes older ones go."""
+    limits = [20, 200]
+    small, roomy = ({"folder": str(published.cache), "limit_bytes": limit} for limit in limits)
+    with pytest.raises(SetupError, match="limit_bytes"):
+        open_engine(EngineSettings.model_validate(baseline.model_dump() | {"cache": small}))
+    assert list((published.cache / "entries").iterdir()) == []
+    changed = baseline.model_dump() | {"cache": roomy}
+    for size in (64, 65):
+        content = json.dumps({"vocab_size": size}).encode()
+        fsspec.filesystem("memory").pipe(f"{baseline.replica}/config.json", content)
+        open_engine(EngineSettings.model_validate(changed)).close()
+        gc.collect()
+    [left] = (published.cache / "entries").iterdir()
+    assert json.loads((left / "config.json").read_text()) == {"vocab_size": 65}
+
+
+def test_a_baseline_that_is_not_whole_is_refused_by_name(baseline: EngineSettings) -> None:
+    """As a base is: the message says what to upload."""
+    fsspec.filesystem("memory").rm(f"{baseline.replica}/model.safetensors")
+    with pytest.raises(BaseRefused, match=r"no model\.safetensors"):
+        open_engine(baseline)
 
 
 def damage(entry: Path) -> None:

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGHUP end a command the way Ctrl-C does, and never twice."""
+"""What signals do to a command: they end it the way Ctrl-C does, and never twice; or at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,15 @@ def end_as_interrupt() -> None:
         signal.signal(number, _interrupt)
 
 
+def end_at_once() -> None:
+    """SIGTERM ends the process with 143, and nothing is tidied up: for work that may be killed at any moment.
+
+    Said explicitly because the kernel ignores a SIGTERM without a handler to the first process of
+    a container: a pod that is deleted would stay until its grace period is over.
+    """
+    signal.signal(signal.SIGTERM, _end)
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignore the three signals while something is being cleaned up."""
@@ -32,3 +42,7 @@ def undisturbed() -> Iterator[None]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's signature
     raise KeyboardInterrupt
+
+
+def _end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's signature
+    os._exit(128 + number)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import weakref
 from base64 import b64decode
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from anamorph.wire.serving import Cache, EngineSettings
 FAKE = "fake:"
 
 _log = logging.getLogger(__name__)
-_for_life: list[replica.Held] = []
+_for_life: list[replica.Kept] = []
 
 
 def open_engine(
@@ -41,24 +40,23 @@ def open_engine(
 
     Raises:
         ReplicaRefused: an encrypted replica that does not verify, or settings without trust anchor.
-        StoreUnavailable: the replica store does not answer.
+        BaseRefused, CheckpointError: a plaintext baseline that is not there, not whole, or just changing.
+        StoreUnavailable: the store does not answer.
         SetupError: it verifies but cannot be loaded, is not there, or does not fit the node's cache.
     """
     start = start or ColdStart()
     key_id = _identity(settings)
     if settings.replica.startswith(FAKE):
         return _fileless(settings, key_id)
-    if settings.protection == "plaintext":
-        return _loaded(settings, key_id, _fetched(settings.replica, start), threads, start)
-    held = _held(settings, start)
+    kept = _kept(settings, start)
     try:
-        engine = _loaded(settings, key_id, held.folder, threads, start)
-        _check_unchanged(held, engine)
+        engine = _loaded(settings, key_id, kept.folder, threads, start)
+        _check_unchanged(kept, engine)
     except BaseException:
-        held.close()
+        kept.close()
         raise
     # The entry stays in the cache for as long as somebody computes with it.
-    weakref.finalize(engine, held.close)
+    weakref.finalize(engine, kept.close)
     return engine
 
 
@@ -91,14 +89,24 @@ def hold(
     start, anchor = start or ColdStart(), b64decode(public_key)
     folder = local_path(location)
     if folder is None:
-        place = Path(cache.folder) if cache.folder else None
-        here = replica.Cache(place, cache.limit_bytes, progress=_Told(), phase=start.phase)
+        here = _cache(cache, start)
         return here.hold(location, anchor, key_id=key_id, manifest_sha256=manifest_sha256)
     with start.phase("verify"):
         return replica.hold(_existing(folder), anchor, key_id=key_id, manifest_sha256=manifest_sha256)
 
 
-def _held(settings: EngineSettings, start: ColdStart) -> replica.Held:
+def _cache(cache: Cache, start: ColdStart) -> replica.Cache:
+    place = Path(cache.folder) if cache.folder else None
+    return replica.Cache(place, cache.limit_bytes, progress=_Told(), phase=start.phase)
+
+
+def _kept(settings: EngineSettings, start: ColdStart) -> replica.Kept:
+    """The folder to load from: a verified replica, or a plaintext baseline, which nothing vouches for."""
+    if settings.protection == "plaintext":
+        folder = local_path(settings.replica)
+        if folder is not None:
+            return replica.Kept(_existing(folder))
+        return _cache(settings.cache, start).hold_plain(settings.replica)
     return hold(
         settings.replica,
         settings.cache,
@@ -109,9 +117,9 @@ def _held(settings: EngineSettings, start: ColdStart) -> replica.Held:
     )
 
 
-def _check_unchanged(held: replica.Held, engine: Engine) -> None:
+def _check_unchanged(kept: replica.Kept, engine: Engine) -> None:
     try:
-        held.check_unchanged()
+        kept.check_unchanged()
     except ReplicaRefused:
         engine.close()
         raise
@@ -134,17 +142,15 @@ def _engine(settings: EngineSettings, key_id: str, folder: Path, threads: int | 
 
 
 def verified(settings: EngineSettings) -> tuple[Path, Callable[[], None]]:
-    """The folder of an application's replica on this node, verified; every rank calls it.
+    """The folder of an application's weights on this node, verified unless plaintext; every rank calls it.
 
     It stays in the node's cache until this process ends. What is returned with it is called
     after loading: it refuses a folder that has changed meanwhile.
 
     Raises:
-        ReplicaRefused, StoreUnavailable, SetupError: as ``open_engine``.
+        ReplicaRefused, BaseRefused, CheckpointError, StoreUnavailable, SetupError: as ``open_engine``.
     """
-    if settings.protection == "plaintext":
-        return _fetched(settings.replica, ColdStart()), lambda: None
-    _for_life.append(_held(settings, ColdStart()))
+    _for_life.append(_kept(settings, ColdStart()))
     return _for_life[-1].folder, _for_life[-1].check_unchanged
 
 
@@ -161,15 +167,6 @@ def _identity(settings: EngineSettings) -> str:
     if (key.tenant, key.model, key.version) != (settings.tenant, settings.model, settings.version):
         raise ReplicaRefused("the key id is of another tenant, model or version than the application")
     return str(key)
-
-
-def _fetched(location: str, start: ColdStart) -> Path:
-    """The folder of a plaintext baseline, which nothing vouches for: it never enters the cache."""
-    folder = local_path(location)
-    if folder is not None:
-        return _existing(folder)
-    with start.phase("fetch"):
-        return replica.fetch(location, Path(tempfile.mkdtemp(prefix="anamorph-baseline-")) / "model")
 
 
 def _existing(folder: Path) -> Path:
