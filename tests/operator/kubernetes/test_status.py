@@ -169,6 +169,12 @@ REASONS: dict[str, tuple[Known, str, tuple[str, str]]] = {
         ("False", "BaseRefused"),
     ),
     "a failed job": (Known(versions=(FAILED,)), "Materialized", ("False", "Failed")),
+    "a failed job after its key": (Known(versions=(FAILED,)), "KeyIssued", ("True", "Issued")),
+    "an old version that is over": (
+        Known(versions=(version(1, State.RETIRED), version(2, State.PENDING, key_id=None))),
+        "KeyIssued",
+        ("False", "Pending"),
+    ),
     "not probed": (Known(versions=(STAGED,), observed=NOTHING), "Verified", ("False", "Probing")),
     "another answer": (
         Known(versions=(STAGED,), observed=checked(Outcome.DIFFERENT)),
