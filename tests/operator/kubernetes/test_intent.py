@@ -34,6 +34,11 @@ SHARED = {"serving.placement": "shared", "serving.pool": "small", "serving.token
 ASLEEP = {"serving.autoscaling.minReplicas": 0, "serving.autoscaling.idleSeconds": 60}
 
 
+def changed(changes: dict[str, Any]) -> EncryptedModel:
+    """The resource, with these fields of its spec."""
+    return resource(**changes)
+
+
 def listed(of: EncryptedModel, *versions: KeyVersionRead, request: str | None = None) -> EncryptedModel:
     """The resource, with these versions in its status."""
     shown = tuple(
@@ -55,10 +60,8 @@ def served(of: EncryptedModel, number: int = 1) -> Issued:
 
 def test_a_model_that_is_unknown_is_registered() -> None:
     """With exactly what the resource says, in the key service's words."""
-    of = resource(
-        **{"rotationPolicy.periodSeconds": 86400, "rotationPolicy.clockSkewSeconds": 5, **SHARED},
-        tokenizerDigest="sha256:" + "1" * 64,
-    )
+    policy = {"rotationPolicy.periodSeconds": 86400, "rotationPolicy.clockSkewSeconds": 5}
+    of = changed({**policy, **SHARED, "tokenizerDigest": "sha256:" + "1" * 64})
     [step] = steps(of, None, (), {})
     assert isinstance(step, CreateModel)
     made = ModelCreate.model_validate(dict(step.fields))
@@ -78,7 +81,7 @@ def test_a_resource_with_defaults_is_a_record_with_defaults() -> None:
 def test_a_digest_of_the_base_is_said_only_if_there_is_one() -> None:
     assert "base_digest" not in records.creation(resource())
     digest = "sha256:" + "2" * 64
-    assert records.creation(resource(**{"base.digest": digest}))["base_digest"] == digest
+    assert records.creation(changed({"base.digest": digest}))["base_digest"] == digest
 
 
 def test_a_model_is_called_as_the_resource_says() -> None:
@@ -125,7 +128,7 @@ def test_a_change_of_the_model_is_a_change_of_its_record_and_a_rotation(
 def test_a_change_of_the_policy_is_no_rotation() -> None:
     before, of = (
         resource(),
-        resource(**{"rotationPolicy.periodSeconds": 3600, "rotationPolicy.graceSeconds": 1000}),
+        changed({"rotationPolicy.periodSeconds": 3600, "rotationPolicy.graceSeconds": 1000}),
     )
     [step] = steps(listed(of, served(of)), record(before, last_version=1), [served(of)], {1: "main"})
     assert isinstance(step, PatchPolicy)

@@ -43,7 +43,7 @@ class World(RuleBasedStateMachine):
         super().__init__()
         self.changes: dict[str, Any] = {}
         self.metadata: dict[str, Any] = {"generation": 1}
-        self.resource = resource()
+        self.resource: EncryptedModel = resource()
         self.record: ModelRead | None = None
         self.versions: dict[int, Issued] = {}
         self.wishes = 1
@@ -160,7 +160,7 @@ class World(RuleBasedStateMachine):
         known = Known(self.record, tuple(self.versions.values()))
         found = model_status(self.resource, known, PLACES, T0)
         changed = differs(self.resource.status, found)
-        self.resource: EncryptedModel = replace(self.resource, status=found)
+        self.resource = replace(self.resource, status=found)
         return changed
 
     @rule(until=st.integers(0, 3), lost=st.booleans())

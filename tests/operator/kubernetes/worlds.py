@@ -81,7 +81,7 @@ def versions(draw: st.DrawFn, most: int = 4) -> tuple[KeyVersionRead, ...]:
     """A few versions in any states at all, also such as never meet."""
     found = []
     for number in draw(st.lists(st.integers(1, 30), unique=True, max_size=most)):
-        fields = {
+        fields: dict[str, Any] = {
             "key_id": draw(st.sampled_from([None, f"acme.chat.v{number}.{number:016x}"])),
             "artifact": draw(st.sampled_from([None, ARTIFACT])),
             "activated_at": draw(st.sampled_from([None, T0])),

@@ -124,7 +124,7 @@ def test_a_container_that_starts_again_makes_another(pod: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("spoil", "why"),
-    [("no address", "POD_IP"), ("no key", "holds no authority"), ("no authority", "may sign no others")],
+    [("no address", "POD_IP"), ("no key", "holds no authority"), ("no authority", "must say isCA")],
 )
 def test_what_is_missing_is_named(tmp_path: Path, spoil: str, why: str) -> None:
     folder = authority(tmp_path / "ca", ca=spoil != "no authority")

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from anamorph.errors import AnamorphError, SetupError
 
 # Clocks of nodes differ.
 _SKEW = timedelta(minutes=5)
+_Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 _ALWAYS = ("localhost", "127.0.0.1")
 
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str], environment: dict[str, str], now: datetime) -
     _write(out / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def _authority(folder: Path) -> tuple[x509.Certificate, CertificateIssuerPrivateKeyTypes]:
+def _authority(folder: Path) -> tuple[x509.Certificate, _Key]:
     try:
         certificate = x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
         key = serialization.load_pem_private_key((folder / "tls.key").read_bytes(), None)
@@ -61,14 +61,16 @@ def _authority(folder: Path) -> tuple[x509.Certificate, CertificateIssuerPrivate
         raise SetupError(
             f"{folder} holds no authority ({type(error).__name__}): tls.crt and tls.key are needed"
         ) from None
-    if not constraints.ca or not isinstance(key, CertificateIssuerPrivateKeyTypes):
-        raise SetupError(f"{folder} holds a certificate that may sign no others: make one with isCA: true")
+    if not constraints.ca or not isinstance(key, _Key):
+        raise SetupError(
+            f"{folder} holds no authority: its certificate must say isCA: true, with an EC or RSA key"
+        )
     return certificate, key
 
 
 def _signed(
     authority: x509.Certificate,
-    key: CertificateIssuerPrivateKeyTypes,
+    key: _Key,
     own: ec.EllipticCurvePrivateKey,
     known_as: Sequence[str],
     now: datetime,
