@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = "ANAMORPH_TEST_BIN"
+KUBERAY_CRDS = "ANAMORPH_TEST_KUBERAY_CRDS"
 DEBIAN = Path("/usr/lib/postgresql")
 RELEASE = "its project's release"
 # Which Debian package brings a program; all others come from their own projects' releases.
@@ -39,6 +40,18 @@ def binary(name: str) -> Path:
         source = f"Debian package {package}" if package else RELEASE
         pytest.skip(f"needs {name}: install it ({source}) on PATH or in the folder that {FOLDER} names")
     return Path(found).absolute()
+
+
+def kuberay_definition(kind: str) -> Path:
+    """The file that defines one of KubeRay's resources; the calling test is skipped where it is not given.
+
+    It lies in the folder ``crds`` of KubeRay's chart, which ANAMORPH_TEST_KUBERAY_CRDS names.
+    """
+    folder = os.environ.get(KUBERAY_CRDS)
+    path = Path(folder or "") / f"ray.io_{kind}.yaml"
+    if not folder or not path.is_file():
+        pytest.skip(f"needs {path.name}: unpack KubeRay's chart, and name its folder crds in {KUBERAY_CRDS}")
+    return path
 
 
 def _debian() -> list[str]:

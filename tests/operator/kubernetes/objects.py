@@ -46,3 +46,14 @@ def change(spec: dict[str, Any], path: str, value: Any) -> None:
         spec.pop(last, None)
     else:
         spec[last] = value
+
+
+def held(body: dict[str, Any], **metadata: Any) -> dict[str, Any]:
+    """An object as the API server holds it; ``metadata`` in the API's own spelling."""
+    kept = {
+        "namespace": "team",
+        "uid": "0b5c0c1e-1111-4222-8333-444455556666",
+        "generation": 1,
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+    }
+    return {**body, "metadata": {**kept, **body["metadata"], **metadata}}

@@ -120,6 +120,11 @@ BAD_CLUSTERS: dict[str, tuple[dict[str, Any], str]] = {
         {"ray.workerGroups": [{"name": "gpu", "replicas": 3, "maxReplicas": 2}]},
         "maxReplicas must be at least replicas",
     ),
+    "a group by the head's name": (
+        {"ray.workerGroups": [{"name": "headgroup"}]},
+        "headgroup is the head's own",
+    ),
+    "a version of Ray in words": ({"ray.rayVersion": "newest"}, "rayVersion"),
     "one name twice": ({"ray.workerGroups": [{"name": "a"}, {"name": "a"}]}, "Duplicate value"),
     "a URL with a password": (
         {"ray": ABSENT, "existing": {"dashboardUrl": "http://u:p@ray", "serveUrl": "http://ray"}},
@@ -200,6 +205,16 @@ def test_a_name_that_is_no_id_is_refused(kubernetes: Kubernetes, kind: Kind, nam
     """Kubernetes takes longer names, and dots; ids do not."""
     with pytest.raises(ApiException, match="it is an id"):
         kubernetes.create(kind, kubernetes.namespace(), MAKE[kind.name](name))
+
+
+@pytest.mark.parametrize("name", ["1main", "a" * 48])
+def test_a_cluster_has_a_name_that_kuberay_takes(kubernetes: Kubernetes, name: str) -> None:
+    """Of one that is there already, any id is a name."""
+    with pytest.raises(ApiException, match="KubeRay makes others of it"):
+        kubernetes.create(SERVING_CLUSTER, kubernetes.namespace(), serving_cluster(name))
+    urls = {"dashboardUrl": "http://ray:8265", "serveUrl": "http://ray:8000"}
+    existing = serving_cluster(name, ray=ABSENT, existing=urls)
+    assert kubernetes.create(SERVING_CLUSTER, kubernetes.namespace(), existing)["metadata"]["name"] == name
 
 
 @pytest.mark.parametrize("case", CHANGES)
