@@ -6,11 +6,8 @@ that is written whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Protocol
-
-import httpx
 
 from anamorph import errors
 from anamorph.serve.cluster.placement import Node
@@ -115,31 +112,3 @@ class RayServiceServe:
 def _at(body: Object, version: str) -> Object:
     """The body as a change of the very version that was read."""
     return {**body, "metadata": {**body["metadata"], "resourceVersion": version}}
-
-
-class FileToken(httpx.Auth):
-    """Ray's token, read from its file for every call: the kubelet replaces it when the Secret changes.
-
-    Raises:
-        Unavailable: there is no token in it (yet).
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Add the token to a request."""
-        request.headers["Authorization"] = f"Bearer {self._read()}"
-        yield request
-
-    def _read(self) -> str:
-        try:
-            token = self._file.read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise errors.Unavailable(
-                f"cannot read Ray's token from {self._file} ({type(error).__name__}): "
-                "mount the cluster's tokenSecret"
-            ) from None
-        if not token:
-            raise errors.Unavailable(f"{self._file} is empty: the cluster's tokenSecret has no auth_token")
-        return token

@@ -16,7 +16,7 @@ from anamorph import errors
 from anamorph.wire.serving import DoorState
 from anamorph_operator.kubernetes.api import Api, Client, configuration
 from anamorph_operator.kubernetes.catalogue import RAY_SERVICES
-from anamorph_operator.kubernetes.serve import FileToken, RayServiceServe
+from anamorph_operator.kubernetes.serve import RayServiceServe
 from anamorph_operator.ray_serve import RayServe
 from anamorph_operator.state import Application
 
@@ -145,31 +145,3 @@ async def test_a_list_that_was_overtaken_is_refused(site: Site, monkeypatch: pyt
     with pytest.raises(errors.Conflict):
         await site.serve.write(())
     assert site.read()["spec"]["serveConfigV2"] == "door,door"
-
-
-async def test_the_token_is_the_one_that_the_file_holds_now(tmp_path: Path) -> None:
-    seen: list[str] = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        seen.append(request.headers["Authorization"])
-        return httpx.Response(200)
-
-    file = tmp_path / "token"
-    async with httpx.AsyncClient(
-        transport=httpx.MockTransport(answer), auth=FileToken(file), base_url="http://ray"
-    ) as ray:
-        for token in ("one\n", "two\n"):
-            file.write_text(token)
-            await ray.get("/")
-    assert seen == ["Bearer one", "Bearer two"]
-
-
-@pytest.mark.parametrize("content", [None, "", "\xe9"])
-async def test_no_token_is_no_call(tmp_path: Path, content: str | None) -> None:
-    file = tmp_path / "token"
-    if content is not None:
-        file.write_text(content, encoding="utf-8")
-    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={}))
-    async with httpx.AsyncClient(transport=transport, auth=FileToken(file), base_url="http://ray") as ray:
-        with pytest.raises(errors.Unavailable, match="tokenSecret"):
-            await RayServe(ray, "http://127.0.0.1:8000").read()
