@@ -236,7 +236,7 @@ class Reconciler:
 
     async def _sizes(self, desired: Desired) -> dict[tuple[str, str], Size]:
         """Sizes of bases that lie in a folder here; each is looked at once."""
-        found = {}
+        found: dict[tuple[str, str], Size] = {}
         for model in filter(None, (desired.model_of(Ref.of(version)) for version in desired.versions)):
             place = (model.base, model.dtype)
             if place not in self._known_sizes and allowed(model.base, desired.allow_base):

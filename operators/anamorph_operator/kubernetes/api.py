@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +67,24 @@ def configuration(kubeconfig: Path | None = None) -> client.Configuration:
             f"no Kubernetes API server is configured ({error}): run in a pod, or give a kubeconfig"
         ) from None
     return made
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The same for another client: URL, token and files."""
+
+    server: str
+    ca_file: str | None
+    token: str | None = field(repr=False)
+    certificate_file: str | None
+    key_file: str | None
+
+
+def connection(settings: client.Configuration) -> Connection:
+    """What a configuration says now; its token may be another one later."""
+    header = settings.get_api_key_with_prefix("BearerToken") or ""
+    token = header.split()[-1] if header else None
+    return Connection(settings.host, settings.ssl_ca_cert, token, settings.cert_file, settings.key_file)
 
 
 def quiet() -> None:

@@ -18,14 +18,13 @@ from typing import Protocol
 from anamorph import errors
 from anamorph.wire.admin import ModelRead
 from anamorph_operator.kubernetes.api import Propagation
+from anamorph_operator.kubernetes.build.pods import CLUSTER, owned
 from anamorph_operator.kubernetes.catalogue import JOBS, PODS, Object, Resource
 from anamorph_operator.kubernetes.resources.part import GROUP
 from anamorph_operator.state import Job, Ref
 
 ATTEMPTS = f"{GROUP}/attempts"
 """Annotation of a Job: attempts that failed before it."""
-CLUSTER = f"{GROUP}/serving-cluster"
-"""Label of a Job: the cluster whose reconciler keeps it."""
 _JOB_NAME = "batch.kubernetes.io/job-name"
 
 
@@ -150,7 +149,7 @@ class KubernetesJobs:
         if _deleted(job) or not job["spec"].get("suspend"):
             return
         for one in mounted:
-            await self._api.apply(_owned(one, jobs), force=True)
+            await self._api.apply(owned(one, *jobs), force=True)
         await self._api.merge(_resumed(job))
 
     async def _delete(self, job: Object, propagation: Propagation) -> None:
@@ -193,19 +192,6 @@ def _attempt(stage: Object, failed: int, cluster: str) -> Object:
 def _resumed(job: Object) -> Object:
     metadata = {key: job["metadata"][key] for key in ("name", "namespace", "uid")}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": {"suspend": False}}
-
-
-def _owned(mounted: Object, jobs: Sequence[Object]) -> Object:
-    owners = [
-        {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "name": job["metadata"]["name"],
-            "uid": job["metadata"]["uid"],
-        }
-        for job in jobs
-    ]
-    return {**mounted, "metadata": {**mounted["metadata"], "ownerReferences": owners}}
 
 
 def _condition(job: Object, kind: str) -> Object | None:
