@@ -36,13 +36,24 @@ _LEASE_TIMEOUT_S = 2.0
 
 
 class Driver:
-    """Those who decide, with all that they share."""
+    """Those who decide, with all that they share.
 
-    def __init__(self, site: Site, api: Api, keys: AsyncKeyService, now: Callable[[], datetime]) -> None:
+    Args:
+        connect: what sends requests to Ray and to what it serves; a new one at each call.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        api: Api,
+        keys: AsyncKeyService,
+        now: Callable[[], datetime],
+        connect: Callable[[], httpx.AsyncBaseTransport],
+    ) -> None:
         namespaces = Namespaces(api, now)
         self.now = now
         self.view = View(site)
-        self.clusters = ClusterKeeper(self.view, api, keys, now, trusted(site.options))
+        self.clusters = ClusterKeeper(self.view, api, keys, now, connect)
         self.models = ModelKeeper(self.view, api, keys, namespaces, now)
         self.remover = Remover(self.view, keys, namespaces)
 
@@ -126,7 +137,10 @@ async def _operate(
 ) -> None:
     async with AsyncExitStack() as stack:
         keys = await stack.enter_async_context(key_service(site.options))
-        driver = Driver(site, Api(client), keys, lambda: datetime.now(UTC))
+        believed = trusted(site.options)
+        driver = Driver(
+            site, Api(client), keys, _utc_now, lambda: httpx.AsyncHTTPTransport(verify=believed)
+        )
         beating = asyncio.create_task(health.beat(), name="heartbeat")
         try:
             await operate(driver, connect, stop)
@@ -143,6 +157,10 @@ def key_service(options: Options) -> AsyncKeyService:
     remedy = "mount the operator's projected token there"
     bearer = FileBearer(transport, options.keysvc_token_file, remedy)
     return AsyncKeyService(options.keysvc, transport=bearer)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 def trusted(options: Options) -> ssl.SSLContext | bool:
