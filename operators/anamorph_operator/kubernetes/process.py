@@ -138,9 +138,7 @@ async def _operate(
     async with AsyncExitStack() as stack:
         keys = await stack.enter_async_context(key_service(site.options))
         believed = trusted(site.options)
-        driver = Driver(
-            site, Api(client), keys, _utc_now, lambda: httpx.AsyncHTTPTransport(verify=believed)
-        )
+        driver = Driver(site, Api(client), keys, _utc_now, lambda: httpx.AsyncHTTPTransport(verify=believed))
         beating = asyncio.create_task(health.beat(), name="heartbeat")
         try:
             await operate(driver, connect, stop)
