@@ -54,5 +54,7 @@ LABEL org.opencontainers.image.title="Anamorph: materialiser" \
       org.opencontainers.image.revision="$REVISION"
 USER 65532:65532
 WORKDIR /opt/anamorph
+# A first process without a handler of its own ignores SIGTERM; for SIGINT Python has one.
+STOPSIGNAL SIGINT
 ENTRYPOINT ["anamorph"]
 CMD ["--help"]
