@@ -32,7 +32,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 REPORT = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-vllm bench-vllm lint format bench bench-long docs clean
+.PHONY: help setup demo test test-unit test-vllm bench-vllm images test-images lint format bench bench-long docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -72,6 +72,25 @@ test-vllm: $(VLLM_READY)  ## the tests of the vLLM engine and of stock vLLM, in 
 
 bench-vllm: $(VLLM_READY)  ## encrypted against plaintext on the vLLM engine
 	ANAMORPH_VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python benchmarks/vllm_overhead.py $(ARGS)
+
+# Container images: built by what lies beside the checkout, else by docker where its daemon answers, else by buildah.
+CLUSTER := $(wildcard ../shared/cluster/cluster)
+BUILDER ?= $(if $(CLUSTER),"$(PYTHON)" $(CLUSTER) build,$(if $(shell docker info >/dev/null 2>&1 && echo yes),docker build,buildah build))
+IMAGES ?= keysvc operator materializer compute client
+BASE ?= $(if $(CLUSTER),localhost/python:3.11-slim,python:3.11-slim)
+PREFIX ?= localhost/anamorph
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+TAG ?= $(VERSION)
+REVISION = $(shell git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)
+DOCKERFILE = $(wildcard $(1)/Dockerfile $(1)s/Dockerfile platform/images/$(1).Dockerfile)
+
+images:  ## container images PREFIX-role:TAG from BASE; IMAGES="keysvc compute-vllm" chooses roles
+	$(if $(CLUSTER),"$(PYTHON)" $(CLUSTER) base-image)
+	@set -e; $(foreach one,$(IMAGES),echo "== $(one)"; $(BUILDER) -f $(call DOCKERFILE,$(one)) -t $(PREFIX)-$(one):$(TAG) \
+	  --build-arg BASE=$(BASE) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_ARGS) .;)
+
+test-images: $(READY)  ## what the built images hold, and that they start; as root, with buildah
+	ANAMORPH_TEST_IMAGES='$(PREFIX)-{}:$(TAG)' $(BIN)/pytest tests/images $(call REPORT,images) $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, import rules
 	$(BIN)/ruff check .

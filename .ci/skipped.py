@@ -3,8 +3,8 @@
 import sys
 import xml.etree.ElementTree as ET
 
-# The second: ANAMORPH_CI_VLLM=1 has .ci/run make its environment and run them.
-ALLOWED = ("needs a GPU", "needs vLLM")
+# The second: ANAMORPH_CI_VLLM=1 has .ci/run make its environment and run them. The third: `make test-images`.
+ALLOWED = ("needs a GPU", "needs vLLM", "needs built images")
 
 
 def main() -> int:

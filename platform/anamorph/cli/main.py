@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -107,7 +108,9 @@ def _placeholder() -> None:
 
 
 for _name, _entry in COMMANDS.items():
-    app.command(_name, help=_entry.help, hidden=_entry.hidden)(_placeholder)
+    # A container image holds the commands of its role and no others.
+    if find_spec(f"anamorph.cli.{_entry.module}") is not None:
+        app.command(_name, help=_entry.help, hidden=_entry.hidden)(_placeholder)
 
 
 @app.callback(invoke_without_command=True)
