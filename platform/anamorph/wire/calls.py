@@ -6,9 +6,11 @@ before or after the network stands here once.
 
 from __future__ import annotations
 
+import ssl
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import httpx
@@ -16,7 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from pydantic import BaseModel, ValidationError
 
 from anamorph import errors
-from anamorph.wire import admin, problems
+from anamorph.wire import admin, problems, trust
 from anamorph.wire.sealed import Recipient
 from anamorph.wire.states import State
 
@@ -106,14 +108,26 @@ class ClientOptions(TypedDict):
 
     base_url: str
     headers: dict[str, str]
+    auth: Callable[[httpx.Request], httpx.Request] | None
+    verify: ssl.SSLContext
     follow_redirects: bool
     trust_env: bool
 
 
-def client_options(url: str, token: str | None) -> ClientOptions:
-    """Options of the httpx client: no environment, no redirects that carry the token away."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return ClientOptions(base_url=url, headers=headers, follow_redirects=False, trust_env=False)
+def client_options(url: str, token: str | Path | None) -> ClientOptions:
+    """Options of the httpx client: no environment, no redirects that carry the token away.
+
+    Args:
+        token: a credential, or the file that holds it and may change.
+    """
+    return ClientOptions(
+        base_url=url,
+        headers={"Authorization": f"Bearer {token}"} if isinstance(token, str) and token else {},
+        auth=trust.bearer_of(token) if isinstance(token, Path) else None,
+        verify=trust.context(),
+        follow_redirects=False,
+        trust_env=False,
+    )
 
 
 def _traceparent() -> dict[str, str]:

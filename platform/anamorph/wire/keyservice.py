@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -82,7 +83,8 @@ class KeyService:
 
     Args:
         url: base URL.
-        token: API key or grant; ``None`` for the calls that need none.
+        token: API key or grant, or the file with a token that is replaced from time to time; ``None`` for the
+            calls that need none.
         transport: what carries the requests; the network by default.
         sleep: how to wait between attempts.
     """
@@ -90,7 +92,7 @@ class KeyService:
     def __init__(
         self,
         url: str,
-        token: str | None = None,
+        token: str | Path | None = None,
         *,
         transport: httpx.BaseTransport | None = None,
         timeout: httpx.Timeout = calls.TIMEOUT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -70,7 +71,7 @@ class AsyncKeyService:
     def __init__(
         self,
         url: str,
-        token: str | None = None,
+        token: str | Path | None = None,
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         timeout: httpx.Timeout = calls.TIMEOUT,

@@ -1,0 +1,46 @@
+"""Whom our clients believe, and how they show a credential that changes.
+
+Inside a cluster our own parts have certificates of an authority of its own, and tokens that are replaced
+every hour; outside, the usual authorities and lasting keys do.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from anamorph import errors
+
+CA_FILE = "ANAMORPH_CA_FILE"
+"""Variable that names a file of PEM certificates, trusted besides the usual ones."""
+
+
+def context() -> ssl.SSLContext:
+    """The usual authorities, and those of the file that ``ANAMORPH_CA_FILE`` names.
+
+    Raises:
+        SetupError: there is no such file, or it holds no certificates.
+    """
+    trusted = httpx.create_ssl_context(trust_env=False)
+    if file := os.environ.get(CA_FILE):
+        try:
+            trusted.load_verify_locations(file)
+        except OSError as error:  # an ssl.SSLError is one, too
+            raise errors.SetupError(
+                f"{CA_FILE}: {file} holds no PEM certificates ({type(error).__name__}): name one that does, or none"
+            ) from None
+    return trusted
+
+
+def bearer_of(file: Path) -> Callable[[httpx.Request], httpx.Request]:
+    """What puts the token that is in a file *now* into each request (``auth`` of httpx)."""
+
+    def show(request: httpx.Request) -> httpx.Request:
+        request.headers["Authorization"] = f"Bearer {file.read_text('ascii').strip()}"
+        return request
+
+    return show
