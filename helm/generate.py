@@ -1,7 +1,7 @@
 """Writes what in the charts is made from sources: CRDs, values schema, dashboards, rules.
 
-    python helm/generate.py            # write
-    python helm/generate.py --check    # exit with 1 and name what differs
+python helm/generate.py            # write
+python helm/generate.py --check    # exit with 1 and name what differs
 """
 
 from __future__ import annotations

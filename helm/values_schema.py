@@ -70,7 +70,9 @@ def parts(schema: Any, defs: Schema) -> Any:
     dropped = {"$defs", "title", "description", "default", "discriminator", "format"}
     kept = {key: value for key, value in schema.items() if key == "properties" or key not in dropped}
     return {
-        key: {name: parts(one, defs) for name, one in value.items()} if key == "properties" else parts(value, defs)
+        key: {name: parts(one, defs) for name, one in value.items()}
+        if key == "properties"
+        else parts(value, defs)
         for key, value in kept.items()
     }
 
@@ -132,7 +134,17 @@ RULES: dict[str, Schema] = {
     "keysvc.vault.address": {"type": "string", "pattern": "^(https://[^/@?#]+)?$"},
     "keysvc.vault.extra": model(
         VaultSettings,
-        *("address", "ca_file", "namespace", "mount", "production", "issuer", "releaser", "shredder", "setup"),
+        *(
+            "address",
+            "ca_file",
+            "namespace",
+            "mount",
+            "production",
+            "issuer",
+            "releaser",
+            "shredder",
+            "setup",
+        ),
     ),
     "operator.allowBase": listed(TEXT),
     "operator.rayTokenSecrets": listed({**NAME, "minLength": 1}),
@@ -152,7 +164,7 @@ RULES: dict[str, Schema] = {
     "extraManifests": listed(MANIFEST),
     "*.resources": closed({"requests": AMOUNTS, "limits": AMOUNTS, "claims": listed(FOREIGN)}),
     "*.tolerations": listed(TOLERATION),
-    "*.affinity": closed({name: FOREIGN for name in ("nodeAffinity", "podAffinity", "podAntiAffinity")}),
+    "*.affinity": closed(dict.fromkeys(("nodeAffinity", "podAffinity", "podAntiAffinity"), FOREIGN)),
     "*.topologySpreadConstraints": listed(FOREIGN),
     "*.extraEnv": listed(closed({"name": TEXT, "value": TEXT, "valueFrom": FOREIGN}, required=["name"])),
     "*.extraVolumes": listed({"type": "object", "required": ["name"]}),

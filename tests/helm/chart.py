@@ -87,7 +87,16 @@ def helm(*arguments: str | Path) -> str:
 def options(values: Path, changes: Object, folder: Path) -> list[str]:
     more = folder / "values.yaml"
     more.write_text(yaml.safe_dump(changes))
-    return ["--namespace", RELEASE, "--values", str(values), "--values", str(more), "--kube-version", KUBERNETES]
+    return [
+        "--namespace",
+        RELEASE,
+        "--values",
+        str(values),
+        "--values",
+        str(more),
+        "--kube-version",
+        KUBERNETES,
+    ]
 
 
 def rendered(variant: str, **changes: Any) -> list[Object]:

@@ -48,7 +48,9 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with running_apiserver(tmp_path_factory.mktemp("kubernetes")) as server:
         admin, folder = server.admin, tmp_path_factory.mktemp("kubectl")
-        made = Cluster(kubeconfig(folder, server.url, server.ca_file, admin.configuration.api_key["BearerToken"]))
+        made = Cluster(
+            kubeconfig(folder, server.url, server.ca_file, admin.configuration.api_key["BearerToken"])
+        )
         ours = yaml.safe_load_all(helm("template", "crds", CRDS, "--kube-version", "1.35.0"))
         others = [definition(*kind) for kind in foreign()]
         done = made.kubectl("create", objects=[*ours, *others])

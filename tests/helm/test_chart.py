@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.helm.chart import CHART, CHARTS, CRDS, RELEASE, VARIANTS, Object, helm, of_kind, options, pod_templates, rendered
+from tests.helm.chart import (
+    CHART,
+    CHARTS,
+    CRDS,
+    RELEASE,
+    VARIANTS,
+    Object,
+    helm,
+    of_kind,
+    options,
+    pod_templates,
+    rendered,
+)
 from tests.servers.find import binary
 
 pytestmark = [pytest.mark.real]

@@ -41,7 +41,11 @@ def test_vaults_setup_reads_its_settings(objects: list[Object], variant: str, tm
     file.write_text(data(objects, "anamorph-vault", "setup.toml"))
     setup = vault_settings.load(file).setup.kubernetes
     assert setup is not None
-    assert (setup.service_accounts, setup.namespaces, setup.audience) == (("anamorph-keysvc",), ("anamorph",), "vault")
+    assert (setup.service_accounts, setup.namespaces, setup.audience) == (
+        ("anamorph-keysvc",),
+        ("anamorph",),
+        "vault",
+    )
 
 
 def test_the_operators_settings_are_toml(objects: list[Object]) -> None:

@@ -64,7 +64,9 @@ def set_passwords(url: str, passwords: dict[str, str]) -> None:
             # Hashed here, so that no log of the server can have it in clear.
             hashed = server.pgconn.encrypt_password(word.encode(), user.encode(), b"scram-sha-256")
             server.execute(
-                sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(user), sql.Literal(hashed.decode()))
+                sql.SQL("ALTER ROLE {} PASSWORD {}").format(
+                    sql.Identifier(user), sql.Literal(hashed.decode())
+                )
             )
 
 

@@ -100,7 +100,15 @@ def set_up(settings: Path, token: str) -> None:
         file = Path(folder) / "token"
         file.touch(0o600)
         file.write_text(token)
-        command = ["anamorph-keysvc", "vault", "setup", "--settings", str(settings), "--token-file", str(file)]
+        command = [
+            "anamorph-keysvc",
+            "vault",
+            "setup",
+            "--settings",
+            str(settings),
+            "--token-file",
+            str(file),
+        ]
         subprocess.run(command, check=True, timeout=120)
 
 
@@ -118,7 +126,9 @@ def main() -> None:
     trust = httpx.create_ssl_context(verify=settings["ca_file"], trust_env=False)
     with httpx.Client(base_url=settings["address"], verify=trust, trust_env=False, timeout=10) as vault:
         secrets = client.CoreV1Api()
-        keeper = Unsealer(vault, secrets, chosen.namespace, chosen.secret, lambda token: set_up(chosen.settings, token))
+        keeper = Unsealer(
+            vault, secrets, chosen.namespace, chosen.secret, lambda token: set_up(chosen.settings, token)
+        )
         while True:
             try:
                 keeper.turn()

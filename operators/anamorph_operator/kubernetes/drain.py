@@ -52,7 +52,9 @@ class Drain:
         """
         self._until(lambda: not self._going(), wait_s)
         for kind, found in self._going():
-            self.say(f"{kind.name} {_name(found)} is still being deleted: it goes without its replicas' removal")
+            self.say(
+                f"{kind.name} {_name(found)} is still being deleted: it goes without its replicas' removal"
+            )
         self._stop()
         for kind in KINDS:
             for found in self._objects(kind):
@@ -70,14 +72,18 @@ class Drain:
         scale = {"spec": {"replicas": 0}}
         client.AppsV1Api(self.api).patch_namespaced_deployment_scale(self.deployment, self.namespace, scale)
         if not self._until(self._stopped, _STOP_S):
-            raise TimeoutError(f"pods of {self.namespace}/{self.deployment} do not end: look at them, then run this again")
+            raise TimeoutError(
+                f"pods of {self.namespace}/{self.deployment} do not end: look at them, then run this again"
+            )
         self.say("the operator is stopped")
 
     def _stopped(self) -> bool:
         # Those that are ending still work.
         deployment = client.AppsV1Api(self.api).read_namespaced_deployment(self.deployment, self.namespace)
         selector = ",".join(f"{key}={value}" for key, value in deployment.spec.selector.match_labels.items())
-        return not client.CoreV1Api(self.api).list_namespaced_pod(self.namespace, label_selector=selector).items
+        return (
+            not client.CoreV1Api(self.api).list_namespaced_pod(self.namespace, label_selector=selector).items
+        )
 
     def _release(self, kind: Kind, found: Object) -> None:
         metadata = found["metadata"]
