@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 from anamorph import errors
 from anamorph.telemetry import Telemetry
 from anamorph_keysvc import checkpoints, homes, roles, schema
 from anamorph_keysvc.checkpoints import CheckpointSigner, LocalSigner
 from anamorph_keysvc.config import AuditSettings, ServiceConfig
+from anamorph_keysvc.credentials import tenant_exists
 from anamorph_keysvc.database import Database, translated
 from anamorph_keysvc.homes import Home
 from anamorph_keysvc.identity.bearer import Identity, open_identity
@@ -151,7 +153,7 @@ def _assembled(
     webhooks: WebhookSettings,
     more: tuple[Job, ...],
 ) -> Assembly:
-    who = open_identity(identity)
+    who = open_identity(identity, partial(tenant_exists, service.database))
     ends.callback(who.close)
     who.check()
     guard = public_guard(webhooks)

@@ -62,7 +62,7 @@ _NO_STORE: Document = {"schema": {"const": "no-store"}, "required": True}
 _ETAG: Document = {
     "schema": {"type": "string", "pattern": '^"[0-9]{1,9}"$'},
     "required": True,
-    "description": "Row version of the key version, for If-Match.",
+    "description": "Row version of the key version or model, for If-Match.",
 }
 _ERROR_HEADERS: dict[int, Document] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}, "required": True}},
@@ -87,7 +87,7 @@ _PARAMETERS: dict[str, Document] = {
         "schema": {"type": "string", "pattern": "^[!-~]{1,128}$"},
     },
     "if-match": {
-        "description": "Only if the key version still has this ETag; otherwise 412.",
+        "description": "Only if the key version or model still has this ETag; otherwise 412.",
         "schema": {"type": "string", "pattern": r'^(\*|"[0-9]{1,9}")$'},
         "example": "*",
     },
@@ -157,17 +157,18 @@ def _complete(operation: Document, route: APIRoute) -> None:
     if who is not None:
         operation[ROLES] = who
     operation["security"] = _security(who)
-    # Every change reads If-Match, but only key versions have an ETag.
+    # Every change reads If-Match, but only key versions and models have an ETag.
+    compared = "version" in _path(route) or _changes_a_model(route)
     parameters = [
         parameter
         for parameter in operation.pop("parameters", [])
-        if parameter["name"] != "if-match" or "version" in _path(route)
+        if parameter["name"] != "if-match" or compared
     ]
     if parameters:
         operation["parameters"] = [one | _PARAMETERS[one["name"]] for one in parameters]
     own = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
     for answer in own.values():
-        tagged = {"ETag": _ETAG} if route.response_model is KeyVersionRead else {}
+        tagged = {"ETag": _ETAG} if route.response_model in {KeyVersionRead, ModelRead} else {}
         answer["headers"] = {**tagged, "Cache-Control": _NO_STORE}
     named = [status for status in route.responses if isinstance(status, int)]
     failures = sorted({*_failures(operation, who), *named})
@@ -175,6 +176,10 @@ def _complete(operation: Document, route: APIRoute) -> None:
         str(status): {"$ref": f"#/components/responses/{statuses.STATUS[status].__name__}"}
         for status in failures
     }
+
+
+def _changes_a_model(route: APIRoute) -> bool:
+    return route.response_model is ModelRead and "PATCH" in route.methods
 
 
 def _security(who: list[str] | None) -> list[Document]:
@@ -199,7 +204,7 @@ def _failures(operation: Document, who: list[str] | None) -> Iterator[int]:
         yield 404
     if "idempotency-key" in names:
         yield from (409, 413)
-    if {"version", "if-match"} <= names:
+    if "if-match" in names:
         yield 412
 
 

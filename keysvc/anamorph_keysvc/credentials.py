@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from anamorph import errors
 from anamorph.wire.admin import Role
 from anamorph_keysvc.database import Database
-from anamorph_keysvc.scope import Scope, scope_of
+from anamorph_keysvc.scope import PLATFORM, Scope, scope_of
+from anamorph_keysvc.tables import Tenant
 
 API_KEY = "amk_"
 GRANT = "amg_"
@@ -68,6 +69,12 @@ def holder(database: Database, secret: str) -> Caller:
         return Caller(actor=f"key:{known.id}", role=Role(known.role), tenant=known.tenant)
     grant = GrantHolder(known.id, known.tenant or "", known.model or "", known.version or 0)
     return Caller(actor=f"grant:{known.id}", tenant=known.tenant, grant=grant)
+
+
+def tenant_exists(database: Database, tenant: str) -> bool:
+    """Whether there is a tenant, for callers whose credential only claims one."""
+    with database.read(PLATFORM) as session:
+        return session.get(Tenant, tenant) is not None
 
 
 def _refused() -> errors.Unauthenticated:

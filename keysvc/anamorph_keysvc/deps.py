@@ -16,7 +16,7 @@ from fastapi import Depends, Header, Path, Request, Response
 from pydantic import BaseModel
 
 from anamorph import errors
-from anamorph.wire.admin import KeyVersionRead, Role
+from anamorph.wire.admin import KeyVersionRead, ModelRead, Role
 from anamorph.wire.ids import Label
 from anamorph_keysvc import idempotency
 from anamorph_keysvc.credentials import Caller, holder
@@ -28,6 +28,7 @@ from anamorph_keysvc.ratelimit import RateLimits, kind_of
 from anamorph_keysvc.service.work import Service, Work
 
 T = TypeVar("T", bound=BaseModel)
+Tagged = TypeVar("Tagged", KeyVersionRead, ModelRead)
 
 _ETAG = re.compile(r'"([0-9]{1,9})"')
 
@@ -156,9 +157,11 @@ class Mutation:
 
     def version(self, response: Response, action: Callable[[Work], KeyVersionRead]) -> KeyVersionRead:
         """As a call, for what answers a key version, whose ETag it sets."""
-        read = self(KeyVersionRead, action)
-        tag(response, read)
-        return read
+        return tag(response, self(KeyVersionRead, action))
+
+    def model(self, response: Response, action: Callable[[Work], ModelRead]) -> ModelRead:
+        """As a call, for what answers a model, whose ETag it sets."""
+        return tag(response, self(ModelRead, action))
 
     def secret(self, action: Callable[[Work], T]) -> T:
         """As a call, for an answer that holds a secret and so must not be stored.
@@ -194,9 +197,10 @@ class Mutation:
             )
 
 
-def tag(response: Response, read: KeyVersionRead) -> None:
-    """Set the ETag of a key version."""
+def tag(response: Response, read: Tagged) -> Tagged:
+    """What is answered, with its ETag set."""
     response.headers["ETag"] = f'"{read.row_version}"'
+    return read
 
 
 def _expected(if_match: str | None) -> int | None:

@@ -37,7 +37,7 @@ key version.
 
 All times are UTC, all durations seconds. A page of a list holds `items` and, unless it is the last,
 `next_page`: send that back as `page`. Changes take an `Idempotency-Key` unless the text says
-otherwise, and then the same request is done once. Answers with one key version carry its `ETag`,
+otherwise, and then the same request is done once. Answers with one key version or model carry its `ETag`,
 which `If-Match` takes. All answers are `no-store`.
 
 Errors are problems (RFC 9457) of the type `application/problem+json`: see [Problem](#problem).

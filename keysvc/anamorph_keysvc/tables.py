@@ -14,8 +14,10 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
+    Column,
     ForeignKeyConstraint,
     Index,
+    Integer,
     LargeBinary,
     UniqueConstraint,
     text,
@@ -42,6 +44,9 @@ _CURRENT = text("voided_at IS NULL")
 _UNSENT = text("status = 'pending'")
 
 
+_model_row_version = Column("row_version", Integer, nullable=False, server_default="1")
+
+
 class Tenant(Base, table=True):
     """``kek`` is the opaque name of the tenant's key-encryption key."""
 
@@ -56,17 +61,22 @@ class Tenant(Base, table=True):
 
 
 class Model(Base, table=True):
-    """A model; ``last_version`` is the highest version number ever given out."""
+    """A model; ``last_version`` is the highest version number ever given out.
+
+    SQLAlchemy raises ``row_version`` with every change, and compares it.
+    """
 
     __tablename__: ClassVar[Any] = "model"
     __table_args__ = (
         ForeignKeyConstraint(["tenant"], ["tenant.id"]),
         CheckConstraint("last_version >= 0", name="last_version"),
     )
+    __mapper_args__: ClassVar[Any] = {"version_id_col": _model_row_version}
 
     tenant: str = Field(primary_key=True)
     id: str = Field(primary_key=True)
     base: str
+    base_digest: str | None = None
     profile: str
     engine: str
     dtype: str
@@ -79,6 +89,7 @@ class Model(Base, table=True):
         default_factory=dict, sa_type=JSON, sa_column_kwargs={"server_default": "{}"}
     )
     last_version: int = 0
+    row_version: int = Field(default=1, sa_column=_model_row_version)
     created_at: datetime = Field(sa_type=UtcDateTime)
 
 
@@ -92,6 +103,9 @@ class KeyVersion(Base, table=True):
 
     ``previous_state`` is where SUSPENDED returns to, and for DESTROY_SCHEDULED
     where it came from, which decides whether it may be restored.
+
+    ``settings`` are the model's when the version was issued; absent in versions that a
+    release issued which did not know of them, and whose models could not change.
     """
 
     __tablename__: ClassVar[Any] = "key_version"
@@ -180,6 +194,7 @@ class KeyVersion(Base, table=True):
     artifact: dict[str, Any] | None = Field(default=None, sa_type=JSON(none_as_null=True))
     failure: str | None = None
     served_tokens: int = Field(default=0, sa_type=BigInteger)
+    settings: dict[str, Any] | None = Field(default=None, sa_type=JSON(none_as_null=True))
 
 
 def _of_version(*more: Any) -> tuple[Any, ...]:

@@ -146,4 +146,4 @@ def _size(observed: Observed, model: ModelRead) -> Size | None:
     """A model's size, where nodes announce memory: a request for what nobody has would wait for good."""
     if observed.cluster is None or without_memory(observed.cluster):
         return None
-    return observed.sizes.get((model.tenant, model.id))
+    return observed.sizes.get((model.base, model.dtype))

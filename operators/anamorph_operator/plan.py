@@ -163,7 +163,7 @@ def _draining(view: _View) -> list[Action]:
     more; after that it is retired regardless and its calls are answered 410.
     """
     active = [Ref.of(version) for version in view.siblings(State.ACTIVE)]
-    if not any(view.observed.running(ref, view.model) for ref in active):
+    if not any(view.observed.running(ref, view.desired.model_of(ref)) for ref in active):
         return []  # it may be the only one that answers
     deadline = view.version.drain_until
     if deadline is None or view.now < deadline:

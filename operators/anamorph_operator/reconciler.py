@@ -216,12 +216,12 @@ class Reconciler:
     async def _sizes(self, desired: Desired) -> dict[tuple[str, str], Size]:
         """Sizes of bases that lie in a folder here; each is looked at once."""
         found = {}
-        for model in desired.models:
+        for model in filter(None, (desired.model_of(Ref.of(version)) for version in desired.versions)):
             place = (model.base, model.dtype)
             if place not in self._known_sizes and allowed(model.base, desired.allow_base):
                 self._known_sizes[place] = await asyncio.to_thread(_size_of, model.base, model.dtype)
             if (known := self._known_sizes.get(place)) is not None:
-                found[model.tenant, model.id] = known
+                found[place] = known
         return found
 
     async def _do(self, action: act.Action) -> None:

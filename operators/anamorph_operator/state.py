@@ -15,7 +15,7 @@ from typing import Any
 
 from anamorph.serve.cluster.placement import Node
 from anamorph.serve.cluster.sizing import Size
-from anamorph.wire.admin import Dtype, Engine, KeyVersionRead, ModelRead, PublicKey
+from anamorph.wire.admin import Dtype, Engine, KeyVersionRead, ModelRead, ModelSettings, PublicKey
 from anamorph.wire.serving import (
     Cache,
     DoorState,
@@ -99,12 +99,21 @@ class Desired:
     public_url: str | None = None
 
     def model_of(self, ref: Ref) -> ModelRead | None:
-        """The model record of a version; ``None`` if it is not there (yet)."""
-        return self._models.get((ref.tenant, ref.model))
+        """The model record that a version was issued under; ``None`` if it is not there (yet).
+
+        A record that has changed since is for the versions to come: what stands is never moved or replaced.
+        """
+        model = self._models.get((ref.tenant, ref.model))
+        settings = self._settings.get(ref)
+        return model if model is None or settings is None else model.model_copy(update=dict(settings))
 
     @cached_property
     def _models(self) -> dict[tuple[str, str], ModelRead]:
         return {(model.tenant, model.id): model for model in self.models}
+
+    @cached_property
+    def _settings(self) -> dict[Ref, ModelSettings]:
+        return {Ref.of(one): one.settings for one in self.versions if one.settings is not None}
 
 
 class AppStatus(StrEnum):
@@ -180,7 +189,7 @@ class Observed:
 
     ``deployed`` is ``None`` while Ray cannot be reached: then nothing is concluded
     from an application's absence. ``cluster`` is ``None`` while its nodes are not known, and
-    ``sizes`` holds the models whose size is, by tenant and model.
+    ``sizes`` holds bases whose size is, by base and type.
     """
 
     deployed: Mapping[str, Deployed] | None

@@ -14,7 +14,7 @@ import pytest
 from alembic import command
 from sqlalchemy import CheckConstraint, Engine, Index
 from sqlalchemy.exc import DBAPIError
-from sqlmodel import Session
+from sqlmodel import Session, col, select
 from tests.keysvc import databases
 from tests.keysvc.databases import engine_of, sql
 from tests.servers.postgres import SUPERUSER, PostgresServer
@@ -25,7 +25,7 @@ from anamorph.wire.states import TRANSITIONS, State
 from anamorph_keysvc import roles, schema
 from anamorph_keysvc.database import Database
 from anamorph_keysvc.service.lookup import model_read
-from anamorph_keysvc.tables import OWNED, Model, Tenant
+from anamorph_keysvc.tables import OWNED, KeyVersion, Model, Tenant
 
 if TYPE_CHECKING:
     from tests.keysvc.conftest import World
@@ -139,7 +139,11 @@ def test_models_of_before_are_served_by_the_defaults(migrator: Engine) -> None:
     )
     before = columns_of(migrator, "model")
     schema.upgrade(migrator)
-    assert columns_of(migrator, "model") == before | {("serving", True)}
+    assert columns_of(migrator, "model") - before == {
+        ("serving", True),
+        ("base_digest", False),
+        ("row_version", True),
+    }
     with Session(migrator) as session:
         row = session.get(Model, ("acme", "chat"))
         assert row is not None
@@ -172,6 +176,30 @@ def test_grants_of_before_are_for_a_single_piece(migrator: Engine) -> None:
     schema.downgrade(migrator, "k004")
     assert columns_of(migrator, "release_grant") == before
     assert sql(migrator, "SELECT count(*) FROM release_grant WHERE voided_at IS NULL") == [(0,)]
+
+
+def test_versions_of_before_get_their_models_settings(migrator: Engine) -> None:
+    """Those that are not over: from now on the record may change. The downgrade takes all of it away."""
+    schema.upgrade(migrator, "k006")
+    put(migrator, "tenant", "('acme', '', 't-1', '{}', '2030-01-01')")
+    serving = '{"tensor_parallel": 2}'
+    model = f"('acme', 'chat', 'b', 'rotate', 'torch', 'auto', 9, 8, '{{}}', 2, '2030-01-01', '{serving}')"
+    put(migrator, "model", model, f"{MODEL}, serving")
+    for number in (1, 2):
+        row = f"('acme', 'chat', {number}, 'PENDING', 1, '2030-01-01', '2030-01-01', 0)"
+        put(migrator, "key_version", row, VERSION)
+        if number == 1:
+            sql(migrator, "UPDATE key_version SET state = 'FAILED', row_version = 2")
+    before = [columns_of(migrator, table) for table in ("model", "key_version")]
+    schema.upgrade(migrator)
+    settings = {"base": "b", "base_digest": None, "engine": "torch", "dtype": "auto"}
+    with Session(migrator) as session:
+        over, pending = session.exec(select(KeyVersion).order_by(col(KeyVersion.version)))
+        assert (over.settings, over.row_version) == (None, 2)
+        assert pending.settings == {**settings, "context_length": 8, "serving": {"tensor_parallel": 2}}
+        assert pending.row_version == 2
+    schema.downgrade(migrator, "k006")
+    assert [columns_of(migrator, table) for table in ("model", "key_version")] == before
 
 
 MODEL = (

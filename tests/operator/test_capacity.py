@@ -50,8 +50,7 @@ def of(tenant: str, version: KeyVersionRead) -> KeyVersionRead:
 
 def seen(desired: Desired, now: datetime, cluster: tuple[Node, ...], **fields: Any) -> Observed:
     """Everything stands that is wanted, on a cluster."""
-    sizes = {(name, "smol"): SIZE for name in TENANTS}
-    empty = Observed(deployed={}, cluster=cluster, sizes=sizes)
+    empty = Observed(deployed={}, cluster=cluster, sizes={("/bases/smol", "auto"): SIZE})
     apps = applications(desired, empty, now)
     deployed = {a.name: Deployed(a.name, AppStatus.RUNNING, a, now) for a in apps}
     return replace(empty, deployed=deployed, **fields)
@@ -133,8 +132,12 @@ def test_who_waits_for_room_holds_nobody_else_up(tenants: Want, version: Build, 
     """A smaller one behind a larger one begins."""
     waiting = version(1, State.PENDING)
     want = tenants(waiting, of("globex", waiting), of("initech", version(1, State.ACTIVE)))
-    small = {("acme", "smol"): Size(5_000 * 2**20, 0), ("globex", "smol"): Size(100 * 2**20, 0)}
-    actions = plan(want, replace(seen(want, now, node(6_000)), sizes=small), now)
+    other = tuple(
+        m.model_copy(update={"base": "/bases/tiny"}) if m.tenant == "globex" else m for m in want.models
+    )
+    sizes = {("/bases/smol", "auto"): Size(5_000 * 2**20, 0), ("/bases/tiny", "auto"): Size(100 * 2**20, 0)}
+    want = replace(want, models=other)
+    actions = plan(want, replace(seen(want, now, node(6_000)), sizes=sizes), now)
     assert [type(action) for action in about(actions, "acme")] == [Hold]
     assert [type(action) for action in about(actions, "globex")] == [StartJob]
 

@@ -19,6 +19,7 @@ from anamorph.wire.admin import (
     KeyVersionRead,
     Materialized,
     ModelRead,
+    ModelSettings,
     Probe,
     RotationPolicy,
     Serving,
@@ -95,7 +96,12 @@ class World(RuleBasedStateMachine):
 
     def app_of(self, number: int) -> Deployed | None:
         """What serves a version now: its application, or its pool once it is a member."""
-        return Observed(deployed=self.apps).app(Ref("acme", "smol", number), self.model())
+        ref = Ref("acme", "smol", number)
+        return Observed(deployed=self.apps).app(ref, self.issued_as(number))
+
+    def issued_as(self, number: int) -> ModelRead:
+        """The record as it was when a version was issued, whatever became of it."""
+        return self.model().model_copy(update=dict(self.versions[number].settings or {}))
 
     def served_by(self, app: Deployed) -> list[int]:
         return [n for n in self.versions if self.app_of(n) is app]
@@ -162,6 +168,7 @@ class World(RuleBasedStateMachine):
             row_version=1,
             created_at=self.now,
             updated_at=self.now,
+            settings=ModelSettings(**self.model().model_dump(include=set(ModelSettings.model_fields))),
         )
 
     @precondition(lambda self: self.in_state(State.ACTIVE))
@@ -235,9 +242,13 @@ class World(RuleBasedStateMachine):
     def ray_is_reachable(self, up: bool) -> None:
         self.ray_up = up
 
-    @rule(context_length=st.sampled_from([32, 64]))
-    def model_record_changes(self, context_length: int) -> None:
+    @rule(
+        context_length=st.sampled_from([32, 64]),
+        serving=st.sampled_from([None, None, DEDICATED, ASLEEP, SHARED]),
+    )
+    def model_record_changes(self, context_length: int, serving: Serving | None) -> None:
         self.context_length = context_length
+        self.serving = serving or self.serving
 
     @rule()
     def ray_starts_afresh(self) -> None:
@@ -392,8 +403,7 @@ class World(RuleBasedStateMachine):
         assert not self.in_state(*WAITING, State.DESTROY_SCHEDULED)
         served = self.in_state(State.ACTIVE, State.DRAINING, State.SUSPENDED)
         assert [n for n in self.versions if self.app_of(n)] == served
-        shared = {"shared.small"} if served else set()
-        own = shared if self.serving is SHARED else {f"acme.smol.v{n}" for n in served}
+        own = {Ref("acme", "smol", n).served_by(self.issued_as(n)) for n in served}
         assert self.apps.keys() == {"door", "plaintext.smol.v0"} | own
         if self.in_state(State.ACTIVE):
             assert not self.in_state(State.DRAINING)

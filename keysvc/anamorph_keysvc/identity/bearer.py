@@ -13,7 +13,7 @@ from anamorph_keysvc.identity.settings import INFERENCE_ISSUER, IdentitySettings
 from anamorph_keysvc.identity.unverified import MOST_BYTES, refused
 
 if TYPE_CHECKING:
-    from anamorph_keysvc.identity.workloads import Workloads
+    from anamorph_keysvc.identity.workloads import Exists, Workloads
 
 Verify = Callable[[str], Caller]
 """From a secret or token to its caller."""
@@ -88,21 +88,25 @@ class Identity:
         return self._workloads.authenticate
 
 
-def open_identity(settings: IdentitySettings) -> Identity:
+def open_identity(settings: IdentitySettings, exists: Exists) -> Identity:
     """What the settings describe; nothing is asked of anybody yet.
+
+    Args:
+        settings: whose tokens are taken.
+        exists: whether there is a tenant of some id.
 
     Raises:
         SetupError: the Kubernetes settings do not fit this machine.
     """
     issuers = [OidcIssuer(one, development=settings.development) for one in settings.oidc]
-    return Identity(issuers, _workloads(settings.kubernetes) if settings.kubernetes else None)
+    return Identity(issuers, _workloads(settings.kubernetes, exists) if settings.kubernetes else None)
 
 
-def _workloads(settings: KubernetesSettings) -> Workloads:
+def _workloads(settings: KubernetesSettings, exists: Exists) -> Workloads:
     # The cluster's client takes more than a second to import, and most services need none.
     from anamorph_keysvc.identity.workloads import Workloads
 
-    return Workloads(settings)
+    return Workloads(settings, exists=exists)
 
 
 def _bearer(authorization: str | None) -> str:

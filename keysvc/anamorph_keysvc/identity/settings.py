@@ -15,10 +15,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from anamorph.wire.admin import Role
 from anamorph.wire.ids import Label
+from anamorph_keysvc.identity.bindings import Binding, refuse_overlaps
 
 # What our own inference tokens say: worthless here, whatever the settings are.
 INFERENCE_ISSUER, INFERENCE_AUDIENCE = "anamorph", "inference"
-EVERY = "*"
 _MOUNTED = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 # An audience of the API server's own: with it, any pod's default token would be good here.
 _API_SERVER_AUDIENCES = ("kubernetes.default", "https://kubernetes.default")
@@ -131,23 +131,6 @@ class OidcSettings(_Frozen):
         return [self.issuer, *([self.jwks_url] if self.jwks_url else [])]
 
 
-class Binding(_Frozen):
-    """What a Kubernetes service account may do; ``*`` stands for every one of its namespace."""
-
-    namespace: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
-    service_account: str = Field(pattern=r"^(\*|[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?)$")
-    tenant: Label | None = None
-    role: Role = Role.MATERIALIZER
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Binding:
-        if (self.role is Role.PLATFORM) != (self.tenant is None):
-            raise ValueError("every role but platform needs a tenant, and platform has none")
-        if self.role is Role.PLATFORM and self.service_account == EVERY:
-            raise ValueError("name the service account that gets the platform role")
-        return self
-
-
 class KubernetesSettings(_Frozen):
     """The cluster whose service accounts may call; its API server reviews their tokens.
 
@@ -175,6 +158,7 @@ class KubernetesSettings(_Frozen):
                     f"'{audience}' is the API server's audience: choose one of the key service's own"
                 )
         _refuse_twice("binding", ((binding.namespace, binding.service_account) for binding in self.bindings))
+        refuse_overlaps(self.bindings)
         return self
 
     def url(self) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Response
 from sqlmodel import col, select
 
 from anamorph.wire.admin import (
     InferenceTokenRead,
     ModelCreate,
+    ModelPatch,
     ModelRead,
     Page,
     Role,
@@ -18,7 +19,17 @@ from anamorph.wire.admin import (
     RotationRead,
 )
 from anamorph.wire.ids import LABEL
-from anamorph_keysvc.deps import Admin, Anyone, Do, ModelId, Rotators, TenantId, TheService, TokenHolders
+from anamorph_keysvc.deps import (
+    Anyone,
+    Do,
+    ModelId,
+    PlatformOrAdmin,
+    Rotators,
+    TenantId,
+    TheService,
+    TokenHolders,
+    tag,
+)
 from anamorph_keysvc.pages import DEFAULT_SIZE, PageSize, PageToken, page_of
 from anamorph_keysvc.service import lookup, preparation, rotation, tenants, tokens
 from anamorph_keysvc.tables import Model
@@ -29,9 +40,11 @@ OPERATOR = "operator"
 
 
 @router.post("/models", status_code=201)
-def create_model(_: Admin, tenant: TenantId, body: ModelCreate, do: Do) -> ModelRead:
+def create_model(
+    _: PlatformOrAdmin, tenant: TenantId, body: ModelCreate, do: Do, response: Response
+) -> ModelRead:
     """Register a model."""
-    return do(ModelRead, lambda work: tenants.create_model(work, tenant, body))
+    return do.model(response, lambda work: tenants.create_model(work, tenant, body))
 
 
 @router.get("/models")
@@ -50,14 +63,26 @@ def list_models(
 
 
 @router.get("/models/{model}")
-def get_model(caller: Anyone, tenant: TenantId, model: ModelId, service: TheService) -> ModelRead:
-    """One model."""
+def get_model(
+    caller: Anyone, tenant: TenantId, model: ModelId, service: TheService, response: Response
+) -> ModelRead:
+    """One model, with its ETag."""
     with service.database.read(caller.scope) as session:
-        return lookup.model_read(lookup.model(session, tenant, model))
+        return tag(response, lookup.model_read(lookup.model(session, tenant, model)))
+
+
+@router.patch("/models/{model}")
+def update_model(
+    _: PlatformOrAdmin, tenant: TenantId, model: ModelId, body: ModelPatch, do: Do, response: Response
+) -> ModelRead:
+    """Change some fields of a model. Existing versions stay as they are: the next one has the change."""
+    return do.model(response, lambda work: tenants.update_model(work, tenant, model, do.expected, body))
 
 
 @router.get("/models/{model}/rotation-policy")
-def get_policy(caller: Admin, tenant: TenantId, model: ModelId, service: TheService) -> RotationPolicy:
+def get_policy(
+    caller: PlatformOrAdmin, tenant: TenantId, model: ModelId, service: TheService
+) -> RotationPolicy:
     """A model's rotation policy."""
     with service.database.read(caller.scope) as session:
         return lookup.policy_of(lookup.model(session, tenant, model))
@@ -65,7 +90,7 @@ def get_policy(caller: Admin, tenant: TenantId, model: ModelId, service: TheServ
 
 @router.patch("/models/{model}/rotation-policy")
 def update_policy(
-    _: Admin, tenant: TenantId, model: ModelId, body: RotationPolicyPatch, do: Do
+    _: PlatformOrAdmin, tenant: TenantId, model: ModelId, body: RotationPolicyPatch, do: Do
 ) -> RotationPolicy:
     """Change some fields of a model's rotation policy."""
     return do(RotationPolicy, lambda work: tenants.update_policy(work, tenant, model, body))

@@ -67,9 +67,7 @@ def list_versions(
 def get_version(caller: Anyone, at: At, service: TheService, response: Response) -> KeyVersionRead:
     """One key version, with its ETag."""
     with service.database.read(caller.scope) as session:
-        read = lookup.version_read(lookup.version(session, *at))
-    tag(response, read)
-    return read
+        return tag(response, lookup.version_read(lookup.version(session, *at)))
 
 
 @router.post("/{version:int}:suspend")
@@ -85,13 +83,13 @@ def resume(_: AdminOrRotator, at: At, do: Do, response: Response) -> KeyVersionR
 
 
 @router.post("/{version:int}:revoke")
-def revoke(_: Admin, at: At, do: Do, response: Response) -> KeyVersionRead:
+def revoke(_: PlatformOrAdmin, at: At, do: Do, response: Response) -> KeyVersionRead:
     """Anything living to COMPROMISED."""
     return do.version(response, lambda work: lifecycle.revoke(work, *at, do.expected))
 
 
 @router.post("/{version:int}:destroy")
-def destroy(_: Admin, at: At, do: Do, response: Response) -> KeyVersionRead:
+def destroy(_: PlatformOrAdmin, at: At, do: Do, response: Response) -> KeyVersionRead:
     """RETIRED, FAILED or COMPROMISED to DESTROY_SCHEDULED."""
     return do.version(response, lambda work: lifecycle.destroy(work, *at, do.expected))
 

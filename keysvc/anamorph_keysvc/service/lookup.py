@@ -13,6 +13,7 @@ from anamorph.wire.admin import (
     KeyVersionRead,
     Materialized,
     ModelRead,
+    ModelSettings,
     OperationRead,
     RotationPolicy,
     TenantRead,
@@ -146,6 +147,11 @@ def model_read(row: Model) -> ModelRead:
 def policy_of(row: Model | Releasable) -> RotationPolicy:
     """A model's rotation policy."""
     return RotationPolicy.model_validate(row.policy)
+
+
+def settings_of(row: Model) -> dict[str, Any]:
+    """What of a model's record may change, as a version keeps it."""
+    return row.model_dump(include=set(ModelSettings.model_fields))
 
 
 _HIDDEN = {"ciphertext", "kek_version", "previous_state", "artifact", "rotate_at", "token_limit"}

@@ -7,6 +7,8 @@ the quota raised. A client that repeats 429 by itself would repeat for nothing.
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -14,7 +16,7 @@ from sqlmodel import col, func, select
 
 from anamorph import errors
 from anamorph.wire.admin import Serving, TenantQuota, TenantQuotaPatch
-from anamorph.wire.states import LIVING
+from anamorph.wire.states import LIVING, ONGOING
 from anamorph_keysvc import audit
 from anamorph_keysvc.service import lookup
 from anamorph_keysvc.service.work import Work
@@ -66,26 +68,53 @@ def check(work: Work, tenant: str, what: Counted) -> None:
         )
 
 
-def check_serving(work: Work, tenant: str, added: Serving) -> None:
-    """Refuse the model that this transaction has just added, if with it the models ask for too much.
+Asked = Mapping[str, float]
+"""How much of each quota a model asks for."""
+
+
+def asked(work: Work, tenant: str) -> dict[str, Asked]:
+    """What each model of a tenant asks for: by its record, or a version that is not over, if that is more."""
+    records = select(Model.id, Model.serving).where(Model.tenant == tenant)
+    kept = select(KeyVersion.model, KeyVersion.settings).where(
+        KeyVersion.tenant == tenant, lookup.has_state(*ONGOING)
+    )
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for model, serving in work.session.exec(records):
+        found[model] |= _asks(serving)
+    for model, settings in work.session.exec(kept):
+        if settings is not None:
+            found[model] |= _asks(settings["serving"])
+    return dict(found)
+
+
+def check_serving(work: Work, tenant: str, model: str, before: Asked | None = None) -> None:
+    """Refuse the model that this transaction has added or changed, if with it all ask for too much.
 
     What adds nothing to a quota is admitted even if the others are over it. Called last, as ``check`` is.
+
+    Args:
+        work: the transaction.
+        tenant: whose models.
+        model: the one added or changed.
+        before: what a changed one asked for.
 
     Raises:
         Conflict: over the quota.
     """
     audit.take_turn(work.session, tenant)
-    quota = of(lookup.tenant(work.session, tenant))
-    records = work.session.exec(select(Model.serving).where(Model.tenant == tenant))
-    asked = [_asks(Serving.model_validate(record)) for record in records]
-    for name, share in _asks(added).items():
-        most, total = getattr(quota, name), sum(one.get(name, 0) for one in asked)
-        if most is not None and share > 0 and total > most:
+    quota, now = of(lookup.tenant(work.session, tenant)), asked(work, tenant)
+    for name, share in now[model].items():
+        most, total = getattr(quota, name), sum(one.get(name, 0) for one in now.values())
+        if most is not None and share > (before or {}).get(name, 0) and total > most:
             raise errors.Conflict(_too_much(name, most, total), code="quota_exceeded")
 
 
-def _asks(serving: Serving) -> dict[str, float]:
-    """The most that one model takes of each quota, while no rotation runs two of its versions."""
+def _asks(record: Mapping[str, Any]) -> Any:
+    """The most of each quota that one version takes; as a ``Counter``, whose ``|`` is the larger of each."""
+    return Counter(_shares(Serving.model_validate(record)))
+
+
+def _shares(serving: Serving) -> dict[str, float]:
     replicas = serving.autoscaling.max_replicas
     concurrent = serving.max_concurrent * replicas
     if serving.placement == "dedicated":

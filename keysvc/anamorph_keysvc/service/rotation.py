@@ -45,6 +45,7 @@ def issue(work: Work, model: Model) -> KeyVersion:
         state=State.PENDING,
         created_at=work.now,
         updated_at=work.now,
+        settings=lookup.settings_of(model),
     )
     model.last_version = number
     work.session.add_all([model, version])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from pydantic import ValidationError
 
 from anamorph import errors
@@ -10,6 +13,7 @@ from anamorph.wire.admin import (
     ApiKeyRead,
     ApiKeySecret,
     ModelCreate,
+    ModelPatch,
     ModelRead,
     Role,
     RotationPolicy,
@@ -20,7 +24,7 @@ from anamorph.wire.admin import (
 from anamorph.wire.states import State
 from anamorph_keysvc import credentials
 from anamorph_keysvc.service import lookup, quotas, schedule
-from anamorph_keysvc.service.transition import change
+from anamorph_keysvc.service.transition import change, require
 from anamorph_keysvc.service.work import Work, found
 from anamorph_keysvc.tables import ApiKey, Model, Tenant
 
@@ -52,10 +56,45 @@ def create_model(work: Work, tenant: str, body: ModelCreate) -> ModelRead:
     row = Model(tenant=tenant, **body.model_dump(), created_at=work.now)
     work.session.add(row)
     work.session.flush()
-    work.record(tenant, "model.create", row.id, base=row.base, profile=row.profile)
+    work.record(
+        tenant, "model.create", row.id, base=row.base, base_digest=row.base_digest, profile=row.profile
+    )
     quotas.check(work, tenant, "models")
-    quotas.check_serving(work, tenant, body.serving)
+    quotas.check_serving(work, tenant, row.id)
     return lookup.model_read(row)
+
+
+def update_model(work: Work, tenant: str, model: str, expected: int | None, patch: ModelPatch) -> ModelRead:
+    """Change a model's record. Versions keep what they were issued under: the next one has the change.
+
+    Raises:
+        PreconditionFailed: not the record that the caller read.
+        Unprocessable: another base under the old one's digest.
+        Conflict: the tenant's models would ask for too much together.
+    """
+    row = lookup.model(work.session, tenant, model)
+    require(row, expected)
+    before, changes = quotas.asked(work, tenant)[model], patch.changes()
+    if row.base_digest and changes.get("base", row.base) != row.base and "base_digest" not in changes:
+        raise errors.Unprocessable(
+            "base_digest is that of the old base: give the new one's, or null",
+            code="base_digest_needed",
+            param="base_digest",
+        )
+    row.sqlmodel_update(changes)
+    work.session.add(row)
+    work.session.flush()
+    work.record(tenant, "model.update", model, **_told(changes))
+    quotas.check_serving(work, tenant, model, before)
+    return lookup.model_read(row)
+
+
+def _told(changes: dict[str, Any]) -> dict[str, str | int | None]:
+    """Changes as an audit row has them: plain values, so what has fields of its own is its JSON."""
+    return {
+        name: json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
 
 
 def update_policy(work: Work, tenant: str, model: str, patch: RotationPolicyPatch) -> RotationPolicy:

@@ -12,7 +12,7 @@ from anamorph.wire.states import TRANSITIONS, State
 from anamorph_keysvc.service import webhooks
 from anamorph_keysvc.service.lookup import Releasable
 from anamorph_keysvc.service.work import Work
-from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion
+from anamorph_keysvc.tables import IN_FLIGHT, KeyVersion, Model
 
 # Phases of a rotation, in order: without a key yet, with one, and then as the states.
 PHASES = ("pending", "prepared", "materializing", "staged")
@@ -75,15 +75,16 @@ def change(work: Work, row: KeyVersion, **changes: Any) -> None:
     work.session.refresh(row)
 
 
-def require(row: KeyVersion, expected: int | None) -> None:
+def require(row: KeyVersion | Model, expected: int | None) -> None:
     """Check an If-Match.
 
     Raises:
         PreconditionFailed: the row is no longer the one that the caller read.
     """
     if expected is not None and row.row_version != expected:
+        what = "model" if isinstance(row, Model) else "key version"
         raise errors.PreconditionFailed(
-            "the key version changed since you read it: read it again", code="precondition_failed"
+            f"the {what} changed since you read it: read it again", code="precondition_failed"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import typer
@@ -27,15 +27,35 @@ def patch_of(
     Raises:
         typer.BadParameter: an unknown name, one given twice, or a value that is none.
     """
+    return checked(kind, read_all(kind.model_fields, changes, read), otherwise)
+
+
+def read_all(
+    names: Collection[str], changes: Sequence[str], read: Callable[[str, str], Any]
+) -> dict[str, Any]:
+    """The fields that ``NAME=VALUE`` arguments give, each of ``names`` at most once.
+
+    Raises:
+        typer.BadParameter: an unknown name, or one given twice.
+    """
     fields: dict[str, Any] = {}
     for change in changes:
         name, separator, value = change.partition("=")
-        if not separator or name not in kind.model_fields or name in fields:
-            known = ", ".join(kind.model_fields)
-            raise typer.BadParameter(f"{change!r}: write NAME=VALUE, each name once, of {known}")
+        if not separator or name not in names or name in fields:
+            raise typer.BadParameter(f"{change!r}: write NAME=VALUE, each name once, of {', '.join(names)}")
         fields[name] = read(name, value)
+    return fields
+
+
+def checked(kind: type[Patch], fields: Mapping[str, Any], otherwise: str = "") -> Patch:
+    """The message with these fields.
+
+    Raises:
+        typer.BadParameter: a value is none; said by the innermost field's name.
+    """
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         [first, *_] = error.errors()
-        raise typer.BadParameter(f"{first['loc'][0]}: {first['msg']}{otherwise}") from None
+        place = "".join(f"{name}: " for name in first["loc"][-1:])
+        raise typer.BadParameter(f"{place}{first['msg']}{otherwise}") from None

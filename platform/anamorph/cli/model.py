@@ -9,9 +9,10 @@ import typer
 from pydantic import ValidationError
 
 from anamorph.cli.admin import Connection, Model, Tenant, connected
+from anamorph.cli.changes import checked, read_all
 from anamorph.cli.output import AsJson, show_record, show_records
 from anamorph.cli.policy import read_value
-from anamorph.wire.admin import ModelCreate
+from anamorph.wire.admin import Autoscaling, ModelCreate, ModelPatch, Serving
 from anamorph.wire.keyservice import everything
 
 app = typer.Typer(help="Models that a tenant has registered.", no_args_is_help=True)
@@ -33,6 +34,9 @@ def create(
     ],
     vocab_size: Annotated[int, typer.Option(min=2, help="Rows of the embedding.")],
     context_length: Annotated[int, typer.Option(min=1, help="Most tokens of prompt and answer together.")],
+    base_digest: Annotated[
+        str | None, typer.Option(help="What the base must be: sha256:… as a fold reports it.")
+    ] = None,
     profile: Annotated[str, typer.Option(help="rotate or permute.")] = "rotate",
     engine: Annotated[str, typer.Option(help="torch, vllm or fake.")] = "torch",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -70,10 +74,48 @@ def create(
         autoscaling=scaling or None,
     )
     fields = {"id": model, "base": base, "vocab_size": vocab_size, "context_length": context_length}
-    chosen = {"profile": profile, "engine": engine, "dtype": dtype}
+    chosen = {"profile": profile, "engine": engine, "dtype": dtype, "base_digest": base_digest}
     body = _checked(fields | chosen | _digests(tokenizer) | {"serving": serving})
     with connection.keys(tenant, look=f"anamorph model list {tenant}") as keys:
         show_record(keys.create_model(tenant, body), as_json=as_json)
+
+
+_SCALING, _SERVING = Autoscaling.model_fields, Serving.model_fields.keys() - {"autoscaling"}
+_CHANGEABLE = [*(name for name in ModelPatch.model_fields if name != "serving"), *sorted(_SERVING), *_SCALING]
+
+
+@app.command()
+@connected
+def update(
+    connection: Connection,
+    tenant: Tenant,
+    model: Model,
+    changes: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME=VALUE…", help="base=/models/v2 base_digest=off tensor_parallel=2 …"),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Change a model's record, `off` for none. What runs stays as it is: the next version has the change."""
+    fields = read_all(_CHANGEABLE, changes, read_value)
+    with connection.keys(tenant, look=f"anamorph model show {tenant} {model}") as keys:
+        record = keys.get_model(tenant, model)
+        patch = checked(ModelPatch, _changed(record.serving, fields))
+        changed = keys.update_model(tenant, model, patch, if_match=record.row_version)
+    show_record(changed, as_json=as_json)
+    if not as_json:
+        typer.echo(f"this takes effect with the next rotation: anamorph key rotate {tenant} {model}")
+
+
+def _changed(serving: Serving, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a ``ModelPatch``; how a model is served is replaced as a whole, so what stays is in it."""
+    scaling = {name: value for name, value in fields.items() if name in _SCALING}
+    served = {name: value for name, value in fields.items() if name in _SERVING}
+    rest = {name: value for name, value in fields.items() if name not in scaling | served}
+    if not (scaling or served):
+        return rest
+    before = serving.model_dump()
+    return rest | {"serving": before | served | {"autoscaling": before["autoscaling"] | scaling}}
 
 
 def _checked(fields: dict[str, Any]) -> ModelCreate:

@@ -20,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 
 from anamorph.errors import Conflict, InvalidKey
 from anamorph.wire.ids import Label
@@ -148,7 +149,7 @@ class Autoscaling(Message):
 
 
 class Serving(Message):
-    """How a model is served; fixed with its record.
+    """How a model is served; a change counts for versions that are issued after it.
 
     Args:
         placement: ``dedicated``, an engine of its own, or ``shared``, a slot in ``pool``.
@@ -186,24 +187,30 @@ class Serving(Message):
             raise ValueError("a pool is always on: autoscaling needs placement 'dedicated'")
 
 
+BaseUri = Annotated[str, Field(min_length=1, max_length=2000)]
+ContextLength = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+
+
 class ModelCreate(Message):
     """A model to be served in the tenant's coordinates.
 
     Args:
         base: folder of the plaintext checkpoint, or ``hf://org/name[@revision]``; the operator's
             allow-list must cover it.
+        base_digest: what the base must be, as a fold reports it; any base at that place if absent.
         vocab_size: rows of the embedding, which is what the vocabulary permutation acts on.
         tokenizer_digest, chat_template_digest: a client refuses any other tokenizer or template.
         context_length: most tokens of prompt and answer together.
     """
 
     id: Label
-    base: str = Field(min_length=1, max_length=2000)
+    base: BaseUri
+    base_digest: Digest | None = None
     profile: Profile = "rotate"
     engine: Engine = "torch"
     dtype: Dtype = "auto"
     vocab_size: Int = Field(ge=2, le=2**31 - 1)
-    context_length: Int = Field(ge=1, le=2**31 - 1)
+    context_length: ContextLength
     tokenizer_digest: Digest | None = None
     chat_template_digest: Digest | None = None
     policy: RotationPolicy = RotationPolicy()
@@ -211,11 +218,56 @@ class ModelCreate(Message):
 
 
 class ModelRead(ModelCreate):
-    """A model; ``last_version`` is the highest version number ever given out, 0 before the first."""
+    """A model; ``last_version`` is the highest version number ever given out, 0 before the first.
+
+    ``row_version`` grows with every change of the record, rotations included: it is the ETag.
+    """
 
     tenant: Label
     created_at: datetime
     last_version: Int = Field(default=0, ge=0)
+    row_version: Int = Field(default=1, ge=1)
+
+
+class ModelSettings(Message):
+    """What of a model's record may change. A version keeps what it was issued under."""
+
+    base: BaseUri
+    base_digest: Digest | None = None
+    engine: Engine
+    dtype: Dtype
+    context_length: ContextLength
+    serving: Serving
+
+
+class ModelPatch(Message):
+    """Fields of a model's record to change, at least one; they count from the next rotation on.
+
+    ``serving`` is replaced as a whole. Only ``base_digest`` may be null, which takes it away.
+    Anything else of the record is fixed: clients hold keys and tokenizers for it.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    base: BaseUri | SkipJsonSchema[None] = None
+    base_digest: Digest | None = None
+    engine: Engine | SkipJsonSchema[None] = None
+    dtype: Dtype | SkipJsonSchema[None] = None
+    context_length: ContextLength | SkipJsonSchema[None] = None
+    serving: Serving | SkipJsonSchema[None] = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"nothing to change: give one of {', '.join(type(self).model_fields)}")
+        void = sorted(name for name in self.model_fields_set - {"base_digest"} if getattr(self, name) is None)
+        if void:
+            raise ValueError(f"{', '.join(void)} cannot be null: leave out what stays as it is")
+        return self
+
+    def changes(self) -> dict[str, Any]:
+        """The fields that are set, as JSON has them."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
 class Probe(Message):
@@ -242,7 +294,8 @@ class KeyVersionRead(Message):
 
     ``key_id``, the check values and the public key are absent while a version in PENDING is
     being prepared. ``destroy_complete_after`` is when a destroyed key is gone from backups
-    and caches too.
+    and caches too. ``settings`` are the model's when the version was issued: it is made and
+    served by them, whatever the record says by now; absent in versions of earlier releases.
     """
 
     tenant: Label
@@ -266,6 +319,7 @@ class KeyVersionRead(Message):
     artifact: Materialized | None = None
     failure: str | None = None
     served_tokens: Int = 0
+    settings: ModelSettings | None = None
 
     def require_key_id(self) -> str:
         """The key id of a version that must have one by now.

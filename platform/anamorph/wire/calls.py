@@ -27,6 +27,8 @@ T = TypeVar("T", bound=BaseModel)
 ATTEMPTS = 4
 TIMEOUT = httpx.Timeout(30.0, connect=3.0)
 _LONGEST_PAUSE_S = 10.0
+# What is not set in one of them stays as it is.
+_PATCHES = (admin.ModelPatch, admin.RotationPolicyPatch, admin.TenantQuotaPatch)
 # As ``telemetry.traces`` does it, which is not below this module.
 _propagator = TraceContextTextMapPropagator()
 
@@ -51,9 +53,7 @@ class Call(Generic[T]):
         """The request as ``http`` would send it."""
         headers, content = {**self.headers, **_traceparent()}, None
         if self.body is not None:
-            content = self.body.model_dump_json(
-                exclude_unset=isinstance(self.body, admin.RotationPolicyPatch | admin.TenantQuotaPatch)
-            )
+            content = self.body.model_dump_json(exclude_unset=isinstance(self.body, _PATCHES))
             headers["Content-Type"] = "application/json"
         return http.build_request(
             self.method, self.path, content=content, params=self.query or None, headers=headers
@@ -167,10 +167,14 @@ def post(
     if_match: int | None = None,
 ) -> Call[T]:
     """A change under an Idempotency-Key, a fresh one by default, so that it can be repeated."""
+    return Call("POST", path, answer, body, headers=_once(key, if_match), repeatable=True)
+
+
+def _once(key: str | None, if_match: int | None) -> dict[str, str]:
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     if if_match is not None:
         headers["If-Match"] = f'"{if_match}"'
-    return Call("POST", path, answer, body, headers=headers, repeatable=True)
+    return headers
 
 
 def delete(path: str, answer: type[T]) -> Call[T]:
@@ -262,6 +266,14 @@ def versions(
         due="true" if due else None,
         limit=_number(limit),
     )
+
+
+def update_model(
+    tenant: str, model: str, patch: admin.ModelPatch, if_match: int | None
+) -> Call[admin.ModelRead]:
+    """Change a model's record, under a fresh Idempotency-Key: an If-Match holds for one attempt only."""
+    path, headers = model_path(tenant, model), _once(None, if_match)
+    return Call("PATCH", path, admin.ModelRead, patch, headers=headers, repeatable=True)
 
 
 def models(page: str | None, limit: int | None) -> Call[admin.Page[admin.ModelRead]]:

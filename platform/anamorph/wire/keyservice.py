@@ -39,6 +39,7 @@ from anamorph.wire.admin import (
     KeyVersionRead,
     Materialized,
     ModelCreate,
+    ModelPatch,
     ModelRead,
     OperationRead,
     Page,
@@ -164,6 +165,15 @@ class KeyService:
     def get_model(self, tenant: str, model: str) -> ModelRead:
         """One model."""
         return self._send(calls.get(model_path(tenant, model), ModelRead))
+
+    def update_model(
+        self, tenant: str, model: str, patch: ModelPatch, *, if_match: int | None = None
+    ) -> ModelRead:
+        """Change the fields of a model that ``patch`` sets; running versions stay as they are.
+
+        Rotate for the change to take effect. ``if_match`` is the ``row_version`` that was read.
+        """
+        return self._send(calls.update_model(tenant, model, patch, if_match))
 
     def get_policy(self, tenant: str, model: str) -> RotationPolicy:
         """A model's rotation policy."""

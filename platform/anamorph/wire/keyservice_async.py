@@ -28,6 +28,7 @@ from anamorph.wire.admin import (
     KeyVersionRead,
     Materialized,
     ModelCreate,
+    ModelPatch,
     ModelRead,
     OperationRead,
     Page,
@@ -136,6 +137,11 @@ class AsyncKeyService:
 
     async def get_model(self, tenant: str, model: str) -> ModelRead:
         return await self._send(calls.get(model_path(tenant, model), ModelRead))
+
+    async def update_model(
+        self, tenant: str, model: str, patch: ModelPatch, *, if_match: int | None = None
+    ) -> ModelRead:
+        return await self._send(calls.update_model(tenant, model, patch, if_match))
 
     async def get_policy(self, tenant: str, model: str) -> RotationPolicy:
         return await self._send(calls.get(f"{model_path(tenant, model)}/rotation-policy", RotationPolicy))

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from anamorph import errors
 from anamorph.wire.admin import Role
 from anamorph_keysvc.identity.bearer import open_identity
-from anamorph_keysvc.identity.settings import Binding, IdentitySettings, KubernetesSettings, OidcSettings
+from anamorph_keysvc.identity.bindings import Binding
+from anamorph_keysvc.identity.settings import IdentitySettings, KubernetesSettings, OidcSettings
 
 OIDC = {
     "name": "idp",
@@ -135,16 +136,63 @@ def test_clusters_that_are_refused(changed: dict[str, Any]) -> None:
         {"namespace": "*"},
         {"namespace": "a:b"},
         {"service_account": ""},
-        {"service_account": "job-*"},
+        {"service_account": "*job"},
+        {"service_account": "job-**"},
+        {"service_account": "Job"},
+        {"service_account": "job-"},
         {"tenant": None},
         {"role": "platform"},
         {"tenant": None, "role": "platform"},
     ],
 )
 def test_bindings_that_are_refused(changed: dict[str, Any]) -> None:
-    """A tenant for every role but platform, which only a named account gets; no patterns."""
+    """A tenant for every role but platform, which only a named account gets; no pattern but those below."""
     with pytest.raises(ValidationError):
         Binding.model_validate({**BINDING, **changed})
+
+
+NAMED = {"namespace": "jobs", "service_account": "materializer-*", "tenant_from": "name"}
+
+
+@pytest.mark.parametrize("name", ["m*", "materializer*", "materializer-*", "a.b-*"])
+def test_names_that_say_the_tenant(name: str) -> None:
+    """A beginning and one star, which stands for the tenant."""
+    binding = Binding.model_validate({**NAMED, "service_account": name})
+    assert (binding.beginning, binding.tenant, binding.role) == (name[:-1], None, Role.MATERIALIZER)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"tenant_from": None}, "set tenant_from"),
+        ({"tenant_from": None, "tenant": "acme"}, "set tenant_from"),
+        ({"tenant_from": "namespace"}, "'name'"),
+        ({"tenant": "acme"}, "not both"),
+        ({"role": "platform"}, "stands above tenants"),
+        ({"service_account": "materializer-acme"}, "ends in one"),
+        ({"service_account": "*"}, "ends in one"),
+        ({"service_account": "*-materializer"}, "at its end"),
+        ({"service_account": "materializer-*-*"}, "at its end"),
+        ({"service_account": "materializer-**"}, "at its end"),
+    ],
+)
+def test_names_that_say_no_tenant(changed: dict[str, Any], why: str) -> None:
+    """Refused with what to do instead."""
+    with pytest.raises(ValidationError, match=why):
+        Binding.model_validate({**NAMED, **changed})
+
+
+def test_one_name_says_one_tenant() -> None:
+    """Beginnings of which one account could have both are refused; in two namespaces they may be the same."""
+    for second in ("m*", "materializer-a*", "materializer*"):
+        with pytest.raises(ValidationError, match="of two tenants"):
+            bound(NAMED, {**NAMED, "service_account": second})
+    assert len(bound(NAMED, {**NAMED, "service_account": "auditor-*"}).bindings) == 2
+    assert len(bound(NAMED, {**NAMED, "namespace": "more"}).bindings) == 2
+
+
+def bound(*bindings: dict[str, Any]) -> KubernetesSettings:
+    return KubernetesSettings.model_validate({**KUBERNETES, "bindings": bindings})
 
 
 @pytest.mark.parametrize(
@@ -166,10 +214,10 @@ def test_outside_a_pod(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"ca_file": tmp_path / "none"}, "ca_file"),
     ):
         with pytest.raises(errors.SetupError, match=remedy):
-            open_identity(both(kubernetes={**KUBERNETES, **changed}))
+            open_identity(both(kubernetes={**KUBERNETES, **changed}), bool)
 
 
 def test_opening_asks_nobody(tmp_path: Path) -> None:
     """What the settings describe is opened without a network."""
     (tmp_path / "ca.crt").write_text("")
-    open_identity(both(kubernetes={**KUBERNETES, "ca_file": tmp_path / "ca.crt"})).close()
+    open_identity(both(kubernetes={**KUBERNETES, "ca_file": tmp_path / "ca.crt"}), bool).close()

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from kubernetes.client import ApiException
 from tests.servers.kube import ISSUER, ApiServer, write_certificates
 
 from anamorph import errors
@@ -36,7 +37,11 @@ BINDINGS = [
     {"namespace": "acme-jobs", "service_account": "*", "tenant": "acme"},
     {"namespace": "acme-jobs", "service_account": "auditor", "tenant": "acme", "role": "auditor"},
     {"namespace": "anamorph", "service_account": "operator", "role": "platform"},
+    {"namespace": "folds", "service_account": "materializer-*", "tenant_from": "name"},
+    {"namespace": "folds", "service_account": "materializer-initech", "tenant": "acme", "role": "auditor"},
+    {"namespace": "folds", "service_account": "*", "tenant": "acme", "role": "client"},
 ]
+TENANTS = {"acme", "globex", "initech"}
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +69,8 @@ def reviewing(apiserver: ApiServer, own_token: Path, ticks: Ticks) -> Iterator[C
             "bindings": BINDINGS,
             "timeout_s": 10,
         }
-        made.append(Workloads(KubernetesSettings.model_validate({**good, **changed}), clock=ticks, now=now))
+        settings = KubernetesSettings.model_validate({**good, **changed})
+        made.append(Workloads(settings, exists=TENANTS.__contains__, clock=ticks, now=now))
         return made[-1]
 
     yield make
@@ -125,6 +131,66 @@ def test_operator(workloads: Workloads, apiserver: ApiServer) -> None:
     """The platform role has no tenant."""
     token = apiserver.token("anamorph", apiserver.account("anamorph", "operator"), [AUDIENCE])
     assert workloads.authenticate(token) == Caller("kubernetes:anamorph:operator", Role.PLATFORM, None)
+
+
+def of_folds(apiserver: ApiServer, name: str) -> str:
+    """A token of a service account in the namespace for jobs."""
+    with suppress(ApiException):  # another test has made it
+        apiserver.account("folds", name)
+    return apiserver.token("folds", name, [AUDIENCE])
+
+
+@pytest.mark.parametrize(
+    ("account", "role", "tenant"),
+    [
+        ("materializer-acme", Role.MATERIALIZER, "acme"),
+        ("materializer-globex", Role.MATERIALIZER, "globex"),
+        ("materializer-initech", Role.AUDITOR, "acme"),
+        ("another", Role.CLIENT, "acme"),
+        ("materializer", Role.CLIENT, "acme"),
+    ],
+)
+def test_tenant_from_the_name(
+    workloads: Workloads, apiserver: ApiServer, account: str, role: Role, tenant: str
+) -> None:
+    """A name's end says the tenant; an account's own binding goes before that, its namespace's after."""
+    caller = workloads.authenticate(of_folds(apiserver, account))
+    assert caller == Caller(f"kubernetes:folds:{account}", role, tenant)
+
+
+@pytest.mark.parametrize("account", ["materializer-nobody", "materializer-a.b", "materializer-plaintext"])
+def test_names_of_no_tenant(workloads: Workloads, apiserver: ApiServer, account: str) -> None:
+    """Answered as an unbound account is, not taken for the namespace's: nobody learns who is a tenant."""
+    unbound = apiserver.token("elsewhere", apiserver.account("elsewhere"), [AUDIENCE])
+    assert refused(workloads, of_folds(apiserver, account)) == refused(workloads, unbound)
+
+
+def test_a_tenant_of_today(reviewing: Callable[..., Workloads], apiserver: ApiServer) -> None:
+    """That there was no such tenant is not remembered: its first job may begin as soon as it is made."""
+    tenants: set[str] = set()
+    workloads = Workloads(reviewing().settings, exists=tenants.__contains__)
+    token = of_folds(apiserver, "materializer-acme")
+    refused(workloads, token)
+    tenants.add("acme")
+    assert workloads.authenticate(token).tenant == "acme"
+    workloads.close()
+
+
+def test_whether_a_tenant_exists_is_for_genuine_tokens_only(
+    reviewing: Callable[..., Workloads], apiserver: ApiServer
+) -> None:
+    """A forged token is refused by the API server before its tenant is looked up."""
+    asked: list[str] = []
+    genuine = of_folds(apiserver, "materializer-acme")
+    head, claims, _ = genuine.split(".")
+    forged = f"{head}.{claims}.{of_folds(apiserver, 'materializer-globex').split('.')[2]}"
+    settings = reviewing().settings
+    workloads = Workloads(settings, exists=lambda tenant: bool(asked.append(tenant)) or True)
+    refused(workloads, forged)
+    assert asked == []
+    assert workloads.authenticate(genuine).tenant == "acme"
+    assert asked == ["acme"]
+    workloads.close()
 
 
 def test_wrong_audience(workloads: Workloads, apiserver: ApiServer, job: str) -> None:
