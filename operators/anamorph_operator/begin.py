@@ -17,6 +17,8 @@ from anamorph_operator.state import Desired, Job, Observed, Ref
 
 # Exit status of a job that refuses for good (contracts.md); it has said so itself.
 EXIT_REFUSED = 3
+# Why a version is given up whose base is not allowed; told apart by it.
+BASE_OUTSIDE = "its base lies outside the operator's allow-list (--allow-base)"
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,25 @@ def start_jobs(desired: Desired, observed: Observed, now: datetime, limits: Limi
     free = limits.parallel_jobs - sum(job.running for job in observed.jobs.values())
     ready = [v for v in desired.versions if _startable(desired, observed, v, now, limits)]
     standing = applications(desired, observed, now) if ready else ()
-    coming = [demand for v in desired.versions if (demand := _coming(desired, observed, v)) is not None]
+    taken = coming(desired, observed)
     for version in sorted(ready, key=lambda v: (v.created_at, Ref.of(v))):
         model = desired.model_of(Ref.of(version))
         if model is None:
             continue
-        wanted = capacity.wanted(desired, observed, version, model)
-        found = capacity.no_room(observed, standing, coming, wanted)
+        wanted = capacity.wanted(desired, observed, Ref.of(version), model)
+        found = capacity.no_room(observed, standing, taken, wanted)
         if found is not None:
             no_more = f"it would not fit on the empty cluster: {found.reason}"
             yield FailVersion(wanted.ref, no_more) if found.never else Hold(wanted.ref, found.reason)
         elif free > 0:
             free -= 1
-            coming += [wanted.demand] if wanted.demand is not None else []
+            taken += [wanted.demand] if wanted.demand is not None else []
             yield StartJob(wanted.ref, model)
+
+
+def coming(desired: Desired, observed: Observed) -> list[Demand]:
+    """What the versions that are being materialised will take."""
+    return [demand for v in desired.versions if (demand := _coming(desired, observed, v)) is not None]
 
 
 def _coming(desired: Desired, observed: Observed, version: KeyVersionRead) -> Demand | None:
@@ -70,7 +77,7 @@ def _coming(desired: Desired, observed: Observed, version: KeyVersionRead) -> De
     model, job = desired.model_of(Ref.of(version)), observed.jobs.get(Ref.of(version))
     if model is None or job is None or not job.running or version.state not in _WANTS_JOB:
         return None
-    return capacity.wanted(desired, observed, version, model).demand
+    return capacity.wanted(desired, observed, Ref.of(version), model).demand
 
 
 def _startable(

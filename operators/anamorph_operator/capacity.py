@@ -12,7 +12,7 @@ from typing import Any
 
 from anamorph.serve.cluster.placement import Demand, DoesNotFit, demand_of, fits, without_memory
 from anamorph.serve.cluster.sizing import Size
-from anamorph.wire.admin import KeyVersionRead, ModelRead
+from anamorph.wire.admin import ModelRead
 from anamorph.wire.serving import EngineSettings, PoolSettings, pool_name
 from anamorph_operator.state import Application, Desired, Observed, Ref
 
@@ -54,9 +54,8 @@ class Wanted:
     asleep: bool = False
 
 
-def wanted(desired: Desired, observed: Observed, version: KeyVersionRead, model: ModelRead) -> Wanted:
+def wanted(desired: Desired, observed: Observed, ref: Ref, model: ModelRead) -> Wanted:
     """What a version takes when it is awake."""
-    ref = Ref.of(version)
     pool = model.serving.pool
     if pool is not None:
         return Wanted(ref, _pool(desired, observed, pool, model))

@@ -29,7 +29,7 @@ from anamorph_operator.actions import (
     Verify,
 )
 from anamorph_operator.applications import applications
-from anamorph_operator.begin import EXIT_REFUSED, Limits, allowed, start_jobs, stop_jobs
+from anamorph_operator.begin import BASE_OUTSIDE, EXIT_REFUSED, Limits, allowed, start_jobs, stop_jobs
 from anamorph_operator.state import AppStatus, Deployed, Desired, Observed, Outcome, Ref
 
 
@@ -103,7 +103,7 @@ def _apply(desired: Desired, observed: Observed, now: datetime) -> list[Action]:
 def _materialising(view: _View) -> list[Action]:
     """Give up what is refused or has failed too often; ``begin`` does the rest."""
     if not allowed(view.model.base, view.desired.allow_base):
-        return [FailVersion(view.ref, "its base lies outside the operator's allow-list (--allow-base)")]
+        return [FailVersion(view.ref, BASE_OUTSIDE)]
     job = view.observed.jobs.get(view.ref)
     if job is None or job.running:
         return []

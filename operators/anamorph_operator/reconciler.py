@@ -78,8 +78,25 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What the last turn saw, what it decided, and what of that failed, with the reason."""
+
+    desired: Desired
+    observed: Observed
+    decided: tuple[act.Action, ...]
+    failed: tuple[tuple[act.Action, str], ...]
+
+
 class Reconciler:
-    """Reads both worlds, plans, and carries the plan out."""
+    """Reads both worlds, plans, and carries the plan out.
+
+    Args:
+        wake: ends the pause between two turns.
+
+    Attributes:
+        last: the latest turn that came to its end; ``None`` before the first.
+    """
 
     def __init__(
         self,
@@ -90,6 +107,7 @@ class Reconciler:
         prober: Prober,
         now: Callable[[], datetime],
         select: Select = everything,
+        wake: asyncio.Event | None = None,
     ) -> None:
         self._settings = settings
         self._keys = keys
@@ -106,6 +124,8 @@ class Reconciler:
         self._cluster: tuple[Node, ...] | None = None
         self._known_sizes: dict[tuple[str, Dtype], Size | None] = {}
         self._said: dict[str, str] = {}
+        self._wake = asyncio.Event() if wake is None else wake
+        self.last: Turn | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Turn after turn until ``stop``; then end the jobs."""
@@ -114,7 +134,7 @@ class Reconciler:
             while not stop.is_set():
                 failures = 0 if await self._guarded_turn() else failures + 1
                 pause = min(self._settings.interval_s * 2 ** min(failures, 8), 10.0)
-                await _wait(stop, pause if failures else self._settings.interval_s)
+                await _wait(stop, self._wake, pause if failures else self._settings.interval_s)
         finally:
             await self._jobs.close()
             await self._prober.close()
@@ -143,8 +163,9 @@ class Reconciler:
             sizes=await self._sizes(desired),
         )
         decided = plan(desired, observed, self._now(), self._settings.limits)
-        for action in decided:
-            await self._do(action)
+        done = [(action, await self._do(action)) for action in decided]
+        failed = tuple((action, why) for action, why in done if why is not None)
+        self.last = Turn(desired, observed, tuple(decided), failed)
         return decided
 
     async def _guarded_turn(self) -> bool:
@@ -215,7 +236,7 @@ class Reconciler:
 
     async def _sizes(self, desired: Desired) -> dict[tuple[str, str], Size]:
         """Sizes of bases that lie in a folder here; each is looked at once."""
-        found = {}
+        found: dict[tuple[str, str], Size] = {}
         for model in filter(None, (desired.model_of(Ref.of(version)) for version in desired.versions)):
             place = (model.base, model.dtype)
             if place not in self._known_sizes and allowed(model.base, desired.allow_base):
@@ -224,16 +245,17 @@ class Reconciler:
                 found[place] = known
         return found
 
-    async def _do(self, action: act.Action) -> None:
-        """Carry one action out; a failure is told and left to the next turn."""
+    async def _do(self, action: act.Action) -> str | None:
+        """Carry one action out; a failure is told, returned and left to the next turn."""
         what = _describe(action)
         if isinstance(action, act.Hold):
-            return self._say(f"hold {action.ref.app}", f"{action.ref.app} waits for room: {action.reason}")
+            self._say(f"hold {action.ref.app}", f"{action.ref.app} waits for room: {action.reason}")
+            return None
         try:
             await self._perform(action)
         except (errors.AnamorphError, OSError) as error:
             self._say(what, f"{what}: {error}")
-            return None
+            return str(error)
         if not isinstance(action, act.ReportUsage):
             _log.info("%s", what)
         self._said.pop(what, None)
@@ -292,8 +314,12 @@ def _describe(action: act.Action) -> str:
     return f"{type(action).__name__} {action.ref.app}{why}"
 
 
-async def _wait(stop: asyncio.Event, seconds: float) -> None:
+async def _wait(stop: asyncio.Event, wake: asyncio.Event, seconds: float) -> None:
+    waiting = [asyncio.ensure_future(event.wait()) for event in (stop, wake)]
     try:
-        await asyncio.wait_for(stop.wait(), seconds)
-    except TimeoutError:
-        return
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    wake.clear()

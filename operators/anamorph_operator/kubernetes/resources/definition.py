@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from anamorph_operator.kubernetes.resources.encrypted_model import EncryptedModelSpec, EncryptedModelStatus
-from anamorph_operator.kubernetes.resources.part import GROUP, VERSION
+from anamorph_operator.kubernetes.resources.part import GROUP, VERSION, rule
 from anamorph_operator.kubernetes.resources.serving_cluster import ServingClusterSpec, ServingClusterStatus
 
 _KEPT = {
@@ -60,6 +60,7 @@ class Kind:
     spec: type[BaseModel]
     status: type[BaseModel]
     columns: tuple[Column, ...]
+    rules: tuple[dict[str, str], ...] = ()
 
 
 def _condition(kind: str) -> str:
@@ -98,6 +99,12 @@ SERVING_CLUSTER = Kind(
         Column("Applications", ".status.applications", "integer", 1),
         Column("Endpoint", ".status.publicUrl", priority=1),
         Column("Age", ".metadata.creationTimestamp", "date"),
+    ),
+    (
+        rule(
+            "!has(self.spec.ray) || self.metadata.name.matches('^[a-z]([-a-z0-9]{0,45}[a-z0-9])?$')",
+            "the name must have at most 47 characters and begin with a letter: KubeRay makes others of it",
+        ),
     ),
 )
 KINDS = (ENCRYPTED_MODEL, SERVING_CLUSTER)
@@ -149,7 +156,7 @@ def _whole(kind: Kind) -> Schema:
         "type": "object",
         "description": _first_line(kind.spec),
         "required": ["spec"],
-        "x-kubernetes-validations": [name],
+        "x-kubernetes-validations": [name, *kind.rules],
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},

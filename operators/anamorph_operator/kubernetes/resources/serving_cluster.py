@@ -51,13 +51,16 @@ class PodSpec(Part):
     """What the pods of a group have in common.
 
     Args:
-        accelerator: Ray's name of the device type, which models can ask for.
+        accelerator: Ray's name of the device type.
+        replica_memory: what replicas may take in one pod, of its devices or, for engines on the CPU, of
+            the host: announced to Ray, so that models are placed by it. If no pod says it, they are not.
     """
 
     resources: Resources = Resources()
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]{0,62}$", max_length=63)] | None = (
         None
     )
+    replica_memory: Quantity | None = None
     node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32)] = {}  # noqa: RUF012 - pydantic copies it
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
     priority_class_name: Annotated[str, Field(max_length=253)] | None = None
@@ -76,7 +79,8 @@ class WorkerGroup(PodSpec):
             rule(
                 "!has(self.maxReplicas) || self.maxReplicas >= self.replicas",
                 "maxReplicas must be at least replicas",
-            )
+            ),
+            rule("self.name != 'headgroup'", "headgroup is the head's own: choose another name"),
         )
     )
 
@@ -104,6 +108,7 @@ class RaySpec(Part):
 
     Args:
         image: with a tag that is not ``latest``, or a digest.
+        ray_version: of the Ray in it.
         token_secret: Secret with the key ``auth_token``, which every call to Ray needs.
         autoscaling: whether Ray may add and remove worker pods; needs the rights that the chart lists.
     """
@@ -131,6 +136,7 @@ class RaySpec(Part):
             ),
         ),
     ]
+    ray_version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$", max_length=20)] = "2.60.0"
     token_secret: Label
     head: PodSpec = PodSpec()
     worker_groups: Annotated[tuple[WorkerGroup, ...], Field(max_length=16)] = ()
