@@ -2,8 +2,8 @@
 
     python helm/values_schema.py > helm/anamorph/values.schema.json
 
-A value has the type of its default. What an empty list or map may hold is said in ``RULES``; settings that are handed
-on to key service and ``ServingCluster`` have the schemas of the models that read them.
+A value has the type of its default. What an empty list or map may hold is said in ``RULES``; settings that
+are handed on to key service and ``ServingCluster`` have the schemas of the models that read them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from anamorph_keysvc.identity.settings import Binding, OidcSettings
+from anamorph_keysvc.identity.bindings import Binding
+from anamorph_keysvc.identity.settings import OidcSettings
 from anamorph_keysvc.settings import Limits
 from anamorph_keysvc.vault.settings import VaultSettings
 from anamorph_keysvc.webhooks.settings import WebhookSettings
@@ -107,7 +108,7 @@ def strict(schema: Any) -> Any:
 
 def serving_cluster() -> Schema:
     schema: Schema = strict(structural(ServingClusterSpec))
-    # The chart fills the image in, and says itself what an empty URI lacks; null takes a default of the values away.
+    # The chart fills the image in, and says itself what an empty URI lacks; null takes a default away.
     ray = schema["properties"]["ray"]
     ray["required"] = [name for name in ray["required"] if name != "image"]
     ray["type"] = ["object", "null"]

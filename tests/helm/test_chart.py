@@ -1,4 +1,4 @@
-"""The chart: Helm and its tools take it, its files are current, and its rights are those that are written down."""
+"""The chart: Helm and its tools take it, its files are current, its rights are those that are listed."""
 
 from __future__ import annotations
 

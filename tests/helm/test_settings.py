@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.helm.chart import Object
 
 from anamorph_keysvc import config as configs
 from anamorph_keysvc.vault import settings as vault_settings
-from anamorph_operator.kubernetes.resources.serving_cluster import ServingClusterSpec
+from anamorph_operator.kubernetes.options import read_options
+from anamorph_operator.kubernetes.resources.serving_cluster import ServingClusterSpec, Storage
 
 pytestmark = [pytest.mark.real]
 
@@ -48,13 +47,16 @@ def test_vaults_setup_reads_its_settings(objects: list[Object], variant: str, tm
     )
 
 
-def test_the_operators_settings_are_toml(objects: list[Object]) -> None:
-    """Every field of the plan's table is there, and numbers are numbers."""
-    read: dict[str, Any] = tomllib.loads(data(objects, "anamorph-operator", "operator.toml"))
-    assert read["keysvc"] == "https://anamorph-keysvc.anamorph.svc:8400"
-    assert (read["jobs_namespace"], read["compute_namespace"]) == ("anamorph-jobs", "anamorph-compute")
-    assert read["jobs"]["audience"] == "anamorph-keysvc"
-    assert read["jobs"]["deadline_s"] == 14400
+def test_the_operator_reads_its_settings(objects: list[Object], tmp_path: Path) -> None:
+    """It finds key service, namespaces, the jobs' image and the certificates of its clusters."""
+    file = tmp_path / "operator.yaml"
+    file.write_text(data(objects, "anamorph-operator", "operator.yaml"))
+    site = read_options(file)
+    assert site.options.keysvc == "https://anamorph-keysvc.anamorph.svc:8400"
+    jobs = site.materializer(Storage(uri="s3://replicas/all"))
+    assert (jobs.namespace, jobs.audience, jobs.deadline_s) == ("anamorph-jobs", "anamorph-keysvc", 14400)
+    assert jobs.image == "localhost/anamorph-materializer:0.1.0"
+    assert site.compute.tls_secret == "anamorph-serve-tls"
 
 
 def test_the_serving_cluster_is_one(objects: list[Object]) -> None:

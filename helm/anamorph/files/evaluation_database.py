@@ -2,7 +2,8 @@
 
     python database.py HOST PORT DATABASE CA_FILE FOLDER
 
-FOLDER has a file with the password of each of ``superuser``, ``service``, ``migrator``. Running it again changes nothing.
+FOLDER has a file with the password of each of ``superuser``, ``service``, ``migrator``. Running it again
+changes nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Keeps the evaluation profile's Vault initialised, unsealed and set up.
 
-NOT FOR PRODUCTION. The unseal key lies in a Secret, so whoever reads Secrets of this namespace opens Vault: the one
-exception to the rule that no key material is in an object of the cluster. No token stays anywhere: the one that
-sets Vault up is made from the unseal key, used, and revoked.
+NOT FOR PRODUCTION. The unseal key lies in a Secret, so whoever reads Secrets of this namespace opens Vault:
+the one exception to the rule that no key material is in an object of the cluster. No token stays anywhere:
+the one that sets Vault up is made from the unseal key, used, and revoked.
 """
 
 from __future__ import annotations

@@ -151,43 +151,42 @@ key: {{ $secret.key }}
 {{ .Values.tls.caConfigMap | default (include "anamorph.name" (list . "ca")) }}
 {{- end -}}
 
-{{/* Operator: its configuration file (docs/design/kubernetes.md). */}}
+{{/* Operator: its options (anamorph_operator.kubernetes.options). */}}
 {{- define "anamorph.operatorSettings" -}}
 {{- $operator := .Values.operator -}}{{- $jobs := .Values.materializer -}}
 {{- $ca := include "anamorph.caConfigMap" . -}}
 {{- $settings := dict
-      "keysvc" (include "anamorph.keysvcUrl" .)
-      "token_file" "/var/run/secrets/anamorph/token"
-      "ca_file" "/etc/anamorph/ca/ca.crt"
       "namespace" .Release.Namespace
-      "lease" (include "anamorph.name" (list . "operator"))
       "jobs_namespace" .Values.namespaces.jobs.name
       "compute_namespace" .Values.namespaces.compute.name
+      "keysvc" (include "anamorph.keysvcUrl" .)
+      "keysvc_token_file" "/var/run/secrets/anamorph/token"
+      "audience" .Values.keysvc.identity.audience
+      "ca_file" "/etc/anamorph/ca/ca.crt"
       "ray_tokens" "/etc/anamorph/ray"
       "allow_base" $operator.allowBase
       "interval_s" $operator.intervalSeconds
-      "resync_s" $operator.resyncSeconds
-      "health_port" 8080 -}}
+      "parallel_jobs" $jobs.parallelJobs
+      "port" 8080 -}}
 {{- with .Values.otlp.endpoint -}}{{- $settings = set $settings "otlp_endpoint" . -}}{{- end -}}
 {{- $job := dict
       "image" (include "anamorph.image" (list . .Values.images.materializer))
       "pull_policy" .Values.images.pullPolicy
       "pull_secrets" .Values.images.pullSecrets
-      "audience" .Values.keysvc.identity.audience
       "ca_config_map" $ca
       "cpu" (toString $jobs.cpu)
       "memory" (toString $jobs.memory)
-      "deadline_s" $jobs.deadlineSeconds
+      "scratch" (toString $jobs.scratch)
       "parts" $jobs.parts
       "parallel" $jobs.parallel
-      "scratch" (toString $jobs.scratch)
       "access_mode" $jobs.accessMode
+      "deadline_s" $jobs.deadlineSeconds
       "keep_s" $jobs.keepSeconds
       "attempts" $jobs.attempts
       "node_selector" $jobs.nodeSelector
       "tolerations" $jobs.tolerations -}}
-{{- with $jobs.priorityClassName -}}{{- $job = set $job "priority_class" . -}}{{- end -}}
 {{- with $jobs.storageClass -}}{{- $job = set $job "storage_class" . -}}{{- end -}}
+{{- with $jobs.priorityClassName -}}{{- $job = set $job "priority_class" . -}}{{- end -}}
 {{- with $jobs.basesClaim -}}{{- $job = set $job "bases_claim" . -}}{{- end -}}
 {{- $compute := dict
       "pull_policy" .Values.images.pullPolicy
@@ -195,7 +194,7 @@ key: {{ $secret.key }}
       "tls_secret" (include "anamorph.serveTlsSecret" .)
       "ca_config_map" $ca -}}
 {{- with include "anamorph.rayCaSecret" . -}}{{- $compute = set $compute "ray_ca_secret" . -}}{{- end -}}
-{{- toToml (merge $settings (dict "jobs" $job "compute" $compute)) -}}
+{{- toYaml (merge $settings (dict "materializer" $job "compute" $compute)) -}}
 {{- end -}}
 
 {{/* CA of the database for a hook, which runs before the release's own objects are there. */}}

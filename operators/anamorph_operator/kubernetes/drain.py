@@ -1,9 +1,9 @@
 """What must happen before the operator is taken away: ``python -m anamorph_operator.kubernetes.drain``.
 
-Objects that are being deleted are waited for, as long as the operator is there to remove them. Then it is stopped, so
-that it adds no finalizer again, and our finalizers come off everything that is left: without an operator nobody
-else would ever remove them, and a namespace with such an object could not be deleted. The objects stay, and so do the
-key service's records: an operator that comes back takes them up.
+Objects that are being deleted are waited for, as long as the operator is there to remove them. Then it is
+stopped, so that it adds no finalizer again, and our finalizers come off everything that is left: without an
+operator nobody else would ever remove them, and a namespace with such an object could not be deleted. The
+objects stay, and so do the key service's records: an operator that comes back takes them up.
 """
 
 from __future__ import annotations

@@ -118,6 +118,7 @@ def client_options(url: str, token: str | Path | None) -> ClientOptions:
     """Options of the httpx client: no environment, no redirects that carry the token away.
 
     Args:
+        url: of the key service.
         token: a credential, or the file that holds it and may change.
     """
     return ClientOptions(

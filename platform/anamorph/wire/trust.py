@@ -31,7 +31,7 @@ def context() -> ssl.SSLContext:
             trusted.load_verify_locations(file)
         except OSError as error:  # an ssl.SSLError is one, too
             raise errors.SetupError(
-                f"{CA_FILE}: {file} holds no PEM certificates ({type(error).__name__}): name one that does, or none"
+                f"{CA_FILE}: {file} holds no PEM certificates ({type(error).__name__}): name a file that does"
             ) from None
     return trusted
 
