@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import signal
+import socket
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated
 
 import httpx
 import typer
+import yaml
 from pydantic import ValidationError
 
 from anamorph.errors import SetupError
@@ -60,9 +62,7 @@ def local(
     cache_bytes: Annotated[int | None, typer.Option(help="Most bytes that it takes.", min=1)] = None,
 ) -> None:
     """Run on one machine: jobs as processes, serving by a local Ray."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # httpx logs every request at INFO.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _log_to_standard_error()
     settings = Settings(
         serve_url=serve_url,
         store=store,
@@ -77,6 +77,40 @@ def local(
     command = tuple(shlex.split(materializer)) if materializer else DEFAULT_COMMAND
     key, ray_token = _secret(key_file), _secret(ray_token_file) if ray_token_file else None
     asyncio.run(_run(settings, place, key, ray_dashboard, ray_token, command))
+
+
+@app.command()
+def kubernetes(
+    config: Annotated[Path, typer.Option(help="File with the operator's options, YAML.", exists=True)],
+    kubeconfig: Annotated[
+        Path | None, typer.Option(help="How to reach the API server; default: the pod's service account.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of this replica; default: the host's.")] = None,
+) -> None:
+    """Run in a Kubernetes cluster: keep what EncryptedModels and ServingClusters say."""
+    # Imported here: one machine needs neither kopf nor the client.
+    from anamorph_operator.kubernetes.handlers import operate
+    from anamorph_operator.kubernetes.options import read_options
+    from anamorph_operator.kubernetes.process import run
+
+    _log_to_standard_error()
+    run(read_options(config), kubeconfig, name or socket.gethostname(), operate)
+
+
+@app.command()
+def crds() -> None:
+    """Print the custom resource definitions and the admission policy, as YAML documents."""
+    from anamorph_operator.kubernetes.resources.admission import binding, policy
+    from anamorph_operator.kubernetes.resources.definition import KINDS, definition
+
+    documents = [*(definition(kind) for kind in KINDS), policy(), binding()]
+    typer.echo(yaml.safe_dump_all(documents, sort_keys=False, width=100), nl=False)
+
+
+def _log_to_standard_error() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # httpx logs every request at INFO.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def parse_baseline(text: str) -> Baseline:

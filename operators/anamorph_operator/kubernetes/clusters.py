@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from datetime import datetime
@@ -47,7 +46,7 @@ class ClusterKeeper:
     """Keeps serving clusters, each for as long as it is told to.
 
     Args:
-        trusted: authorities of Serve's certificates.
+        connect: what sends requests to Ray and to what it serves; a new one at each call.
     """
 
     def __init__(
@@ -56,20 +55,20 @@ class ClusterKeeper:
         api: Api,
         keys: AsyncKeyService,
         now: Callable[[], datetime],
-        trusted: ssl.SSLContext | bool = True,
+        connect: Callable[[], httpx.AsyncBaseTransport],
     ) -> None:
         self._view = view
         self._api = api
         self._keys = keys
         self._now = now
-        self._trusted = trusted
+        self._connect = connect
 
     async def keep(self, cluster: ServingCluster, stop: asyncio.Event) -> None:
         """Turn after turn until ``stop``; the cluster's spec stays as it is given."""
         async with AsyncExitStack() as stack:
             ray = await stack.enter_async_context(self._dashboard(cluster))
             engines = await stack.enter_async_context(
-                httpx.AsyncClient(timeout=120, trust_env=False, verify=self._trusted)
+                httpx.AsyncClient(timeout=120, transport=self._connect())
             )
             prober = Prober(engines, Tokens(self._keys.inference_token, self._now), self._now)
             reconciler = Reconciler(
@@ -91,7 +90,7 @@ class ClusterKeeper:
 
     def _dashboard(self, cluster: ServingCluster) -> httpx.AsyncClient:
         url = dashboard_url(cluster.name, cluster.spec, self._view.site.compute)
-        transport: httpx.AsyncBaseTransport = httpx.AsyncHTTPTransport(verify=self._trusted)
+        transport = self._connect()
         token = _token_file(cluster, self._view.site.options.ray_tokens)
         if token is not None:
             transport = FileBearer(transport, token, "mount the cluster's tokenSecret into the operator")

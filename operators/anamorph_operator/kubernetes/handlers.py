@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -16,13 +17,12 @@ import kopf
 
 from anamorph import errors
 from anamorph_operator.kubernetes.api import Connection
-from anamorph_operator.kubernetes.clusters import ClusterKeeper
-from anamorph_operator.kubernetes.models import ModelKeeper
-from anamorph_operator.kubernetes.removal import Remover, forced
+from anamorph_operator.kubernetes.process import Driver
+from anamorph_operator.kubernetes.removal import forced
 from anamorph_operator.kubernetes.resources.definition import ENCRYPTED_MODEL, SERVING_CLUSTER
 from anamorph_operator.kubernetes.resources.objects import EncryptedModel, ServingCluster
 from anamorph_operator.kubernetes.resources.part import GROUP, VERSION
-from anamorph_operator.kubernetes.view import View, Watched
+from anamorph_operator.kubernetes.view import Watched
 
 _log = logging.getLogger(__name__)
 FINALIZER = f"{GROUP}/replicas"
@@ -69,24 +69,16 @@ class Handlers:
     """Hands what kopf sees to those who decide.
 
     Args:
-        connection: how to reach the API server, asked again whenever it refuses our token.
+        connect: how to reach the API server, asked again whenever it refuses our token.
     """
 
-    def __init__(
-        self,
-        view: View,
-        clusters: ClusterKeeper,
-        models: ModelKeeper,
-        remover: Remover,
-        now: Callable[[], datetime],
-        connection: Callable[[], Connection],
-    ) -> None:
-        self._view = view
-        self._clusters = clusters
-        self._models = models
-        self._remover = remover
-        self._now = now
-        self._connection = connection
+    def __init__(self, driver: Driver, connect: Callable[[], Connection]) -> None:
+        self._view = driver.view
+        self._clusters = driver.clusters
+        self._models = driver.models
+        self._remover = driver.remover
+        self._now = driver.now
+        self._connect = connect
         self._seen: dict[str, object] = {}
         self._changed: dict[str, asyncio.Event] = {}
         self._stop = asyncio.Event()
@@ -116,7 +108,7 @@ class Handlers:
 
     async def login(self, **_: Any) -> kopf.ConnectionInfo:
         """As the API client is configured."""
-        given = await asyncio.to_thread(self._connection)
+        given = await asyncio.to_thread(self._connect)
         return kopf.ConnectionInfo(
             server=given.server,
             ca_path=given.ca_file,
@@ -209,6 +201,7 @@ def _values(index: Index) -> Iterable[Watched]:
     return (value for key in list(index) for value in index[key])
 
 
-async def operate(handlers: Handlers, stop: asyncio.Event | None = None) -> None:
+async def operate(driver: Driver, connect: Callable[[], Connection], stop: threading.Event) -> None:
     """Watch until SIGTERM, or until ``stop``."""
-    await kopf.operator(registry=handlers.registry(), settings=settings(), clusterwide=True, stop_flag=stop)
+    registry = Handlers(driver, connect).registry()
+    await kopf.operator(registry=registry, settings=settings(), clusterwide=True, stop_flag=stop)

@@ -46,6 +46,9 @@ CANARY_PAIRS: Final = "anamorph.canary.pairs"
 CANARY_SKIPPED: Final = "anamorph.canary.skipped"
 CANARY_TOKENS: Final = "anamorph.canary.tokens"
 
+# The operator's.
+OPERATOR_CALLS: Final = "anamorph.operator.api.calls"
+
 # Attributes; ``guard.ALLOWED`` decides what may leave the process.
 OPERATION: Final = "gen_ai.operation.name"
 REQUEST_MODEL: Final = "gen_ai.request.model"
