@@ -21,7 +21,11 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 ZONES = (RELEASE, "anamorph-jobs", "anamorph-compute")
 # Resources of others that the chart makes objects of; their own schemas are theirs to check.
 FOREIGN = {
-    "monitoring.coreos.com/v1": {"ServiceMonitor": "servicemonitors", "PrometheusRule": "prometheusrules"},
+    "monitoring.coreos.com/v1": {
+        "ServiceMonitor": "servicemonitors",
+        "PodMonitor": "podmonitors",
+        "PrometheusRule": "prometheusrules",
+    },
     "cert-manager.io/v1": {"Certificate": "certificates", "Issuer": "issuers"},
     "gateway.networking.k8s.io/v1": {"HTTPRoute": "httproutes", "BackendTLSPolicy": "backendtlspolicies"},
 }
