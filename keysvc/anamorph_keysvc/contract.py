@@ -179,7 +179,7 @@ def _complete(operation: Document, route: APIRoute) -> None:
 
 
 def _changes_a_model(route: APIRoute) -> bool:
-    return route.response_model is ModelRead and "PATCH" in route.methods
+    return route.response_model is ModelRead and "PATCH" in (route.methods or ())
 
 
 def _security(who: list[str] | None) -> list[Document]:

@@ -20,7 +20,7 @@ import uvicorn
 from anamorph import telemetry
 from anamorph.errors import AnamorphError, SetupError
 from anamorph.wire.checkpoints import CheckpointKeys
-from anamorph_keysvc import assemble, homes
+from anamorph_keysvc import assemble, homes, tls
 from anamorph_keysvc import config as configs
 from anamorph_keysvc.app import build_app
 from anamorph_keysvc.commands import database_cli
@@ -62,11 +62,14 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8400,
     port_file: Annotated[Path | None, typer.Option(help="write the port here once listening")] = None,
     production: Annotated[bool, typer.Option(help="refuse what is fit for one machine only")] = False,
+    tls_cert_file: Annotated[Path | None, typer.Option(help="PEM certificate chain; HTTPS with it")] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="PEM key of the certificate")] = None,
     otlp_endpoint: Annotated[str | None, typer.Option(help="collector of traces and metrics")] = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; requests under way are finished first."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     _one_of(home, config)
+    certificate = tls.opened(tls_cert_file, tls_key_file)
     # Requests are handed between threads: with Python's 5 ms each hand-over could take as long.
     sys.setswitchinterval(0.0005)
     with ExitStack() as ends:
@@ -85,7 +88,7 @@ def serve(
         parts = ends.enter_context(opened)
         if port_file is not None:
             _announce(port_file, listener.getsockname()[1])
-        server = _server(parts, measured)
+        server = _server(parts, measured, certificate)
         # What start-up has made stays: a collection that walked all of it again would stop every request.
         gc.collect()
         gc.freeze()
@@ -114,7 +117,9 @@ def _one_of(home: Path | None, config: Path | None) -> Path:
     raise SetupError("name either --home (one machine) or --config (PostgreSQL and Vault)")
 
 
-def _server(parts: assemble.Assembly, measured: telemetry.Telemetry) -> uvicorn.Server:
+def _server(
+    parts: assemble.Assembly, measured: telemetry.Telemetry, certificate: tls.Certificate | None
+) -> uvicorn.Server:
     app = build_app(
         parts.service,
         measured,
@@ -125,6 +130,8 @@ def _server(parts: assemble.Assembly, measured: telemetry.Telemetry) -> uvicorn.
     )
     # Without the access log: it would be the longest list of tenants' model names.
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=20)
+    if certificate is not None:
+        certificate.serve(config)
     return uvicorn.Server(config)
 
 

@@ -160,7 +160,7 @@ def test_how_a_model_is_served_is_chosen_when_it_is_made(shell: Any) -> None:
 
 
 def test_a_model_is_changed_and_says_when_that_counts(shell: Any) -> None:
-    """Field by field; how it is served keeps what is not named. What is no field is refused before it is sent."""
+    """Field by field; serving keeps what is not named. What is no field is refused before it is sent."""
     digest = f"sha256:{'0' * 64}"
     options = ("--base", "/base", "--vocab-size", 64, "--context-length", 32, "--base-digest", digest)
     shell("model", "create", shell.tenant, "chat", *options, "--max-concurrent", 3, "--idle", "15m")

@@ -15,6 +15,7 @@ import pytest
 
 from anamorph import errors
 from anamorph.wire import admin, keyservice
+from anamorph.wire.credential import Credential
 from anamorph.wire.keyservice import AsyncKeyService, KeyService
 
 Answers = list[httpx.Response | type[httpx.TransportError]]
@@ -103,7 +104,12 @@ async def test_both_twins_show_the_credential_that_is_there_now(kind: type, tmp_
     """A file or function is asked for each request, so what Kubernetes has replaced is shown from then on."""
     file = tmp_path / "token"
     file.write_text("token-one\n")
-    credential = {str: "token-one", Path: file, Callable: lambda: file.read_text().strip()}[kind]
+    kinds: dict[object, Credential] = {
+        str: "token-one",
+        Path: file,
+        Callable: lambda: file.read_text().strip(),
+    }
+    credential = kinds[kind]
     seen: list[httpx.Request] = []
     transport = httpx.MockTransport(lambda request: missing(request, seen))
     with KeyService("http://keysvc", credential, transport=transport) as keys:
@@ -127,7 +133,10 @@ def test_a_second_attempt_shows_the_credential_of_then(tmp_path: Path) -> None:
     seen: list[httpx.Request] = []
     answers: Answers = [httpx.ConnectError, httpx.Response(200, json=TENANT)]
     transport = httpx.MockTransport(scripted(answers, seen))
-    replaced = lambda _pause: file.write_text("token-two")  # noqa: E731
+
+    def replaced(_pause: float) -> None:
+        file.write_text("token-two")
+
     with KeyService("http://keysvc", file, transport=transport, sleep=replaced) as keys:
         keys.get_tenant("acme")
     assert [request.headers["authorization"] for request in seen] == ["Bearer token-one", "Bearer token-two"]

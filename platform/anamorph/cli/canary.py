@@ -23,7 +23,7 @@ app = typer.Typer(
 @app.command()
 def watch(
     keysvc: Annotated[str, typer.Option(help="URL of the key service.")],
-    key_file: Annotated[Path, typer.Option(help="File with the platform's API key.")],
+    key_file: Annotated[Path, typer.Option(help="File with a credential of the platform; read anew.")],
     serve_url: Annotated[str, typer.Option(help="URL of Ray Serve, where the baselines are.")],
     baseline: Annotated[
         list[str], typer.Option(help="MODEL=NAME: another baseline than the model's name; repeatable.")
@@ -40,6 +40,7 @@ def watch(
 
     from anamorph.canary import Baselines, Watch, WatchSettings
     from anamorph.telemetry import setup
+    from anamorph.wire import trust
     from anamorph.wire.keyservice import KeyService
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -57,8 +58,8 @@ def watch(
     baselines = Baselines(serve_url, dict(_named(text) for text in baseline))
     observed = setup("anamorph-canary", otlp_endpoint=otlp_endpoint)
     try:
-        key = key_file.read_text("ascii").strip()
-        with KeyService(keysvc, key) as keys, httpx.Client(timeout=120, trust_env=False) as http:
+        engines = httpx.Client(timeout=120, trust_env=False, verify=trust.context())
+        with KeyService(keysvc, key_file) as keys, engines as http:
             Watch(keys, http, baselines, observed, settings).run(stop)
     finally:
         observed.shutdown()

@@ -18,7 +18,7 @@ from anamorph.client.keycache import After, Cancel, Lease
 from anamorph.client.session import Alone, Ask, Pause, Plan, Send, Session, Step, waited
 from anamorph.errors import AnamorphError
 from anamorph.telemetry import traces
-from anamorph.wire import completions
+from anamorph.wire import completions, trust
 from anamorph.wire.inference import Completion
 from anamorph.wire.keyservice import AsyncKeyService, KeyService
 
@@ -64,7 +64,9 @@ class Client:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._keys = KeyService(keysvc_url, api_key, timeout=KEYSVC_TIMEOUT)
-        self._http = httpx.Client(timeout=timeout, limits=LIMITS, transport=transport, trust_env=False)
+        self._http = httpx.Client(
+            timeout=timeout, limits=LIMITS, transport=transport, trust_env=False, verify=trust.context()
+        )
         self._session = Session(
             tenant, model, clock=clock, after=after or _thread_timer, jitter=jitter, retry_for=retry_for
         )
@@ -173,7 +175,9 @@ class AsyncClient:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._keys = AsyncKeyService(keysvc_url, api_key, timeout=KEYSVC_TIMEOUT)
-        self._http = httpx.AsyncClient(timeout=timeout, limits=LIMITS, transport=transport, trust_env=False)
+        self._http = httpx.AsyncClient(
+            timeout=timeout, limits=LIMITS, transport=transport, trust_env=False, verify=trust.context()
+        )
         self._session = Session(
             tenant, model, clock=clock, after=after or _loop_timer, jitter=jitter, retry_for=retry_for
         )

@@ -6,6 +6,7 @@ before or after the network stands here once.
 
 from __future__ import annotations
 
+import ssl
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from pydantic import BaseModel, ValidationError
 
 from anamorph import errors
-from anamorph.wire import admin, problems
+from anamorph.wire import admin, problems, trust
 from anamorph.wire.credential import Credential, bearer
 from anamorph.wire.sealed import Recipient
 from anamorph.wire.states import State
@@ -107,13 +108,20 @@ class ClientOptions(TypedDict):
 
     base_url: str
     auth: httpx.Auth | None
+    verify: ssl.SSLContext
     follow_redirects: bool
     trust_env: bool
 
 
 def client_options(url: str, token: Credential | None) -> ClientOptions:
     """Options of the httpx client: no environment, no redirects that carry the token away."""
-    return ClientOptions(base_url=url, auth=bearer(token), follow_redirects=False, trust_env=False)
+    return ClientOptions(
+        base_url=url,
+        auth=bearer(token),
+        verify=trust.context(),
+        follow_redirects=False,
+        trust_env=False,
+    )
 
 
 def _traceparent() -> dict[str, str]:

@@ -185,7 +185,12 @@ def test_whether_a_tenant_exists_is_for_genuine_tokens_only(
     head, claims, _ = genuine.split(".")
     forged = f"{head}.{claims}.{of_folds(apiserver, 'materializer-globex').split('.')[2]}"
     settings = reviewing().settings
-    workloads = Workloads(settings, exists=lambda tenant: bool(asked.append(tenant)) or True)
+
+    def exists(tenant: str) -> bool:
+        asked.append(tenant)
+        return True
+
+    workloads = Workloads(settings, exists=exists)
     refused(workloads, forged)
     assert asked == []
     assert workloads.authenticate(genuine).tenant == "acme"

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.operator.kubernetes.manifests import FULL, MAKING, MODEL, PLAIN, REF
 
-from anamorph.cli.materialize import Task
 from anamorph.cli.parts import PartsTask
+from anamorph.cli.task import Task
 from anamorph.serve.cluster.sizing import Size
 from anamorph_operator.kubernetes.build import jobs, pods
 from anamorph_operator.kubernetes.build import materialization as made

@@ -1,0 +1,30 @@
+"""Whom our clients believe: inside a cluster our own parts have certificates of an authority of its own."""
+
+from __future__ import annotations
+
+import os
+import ssl
+
+import httpx
+
+from anamorph import errors
+
+CA_FILE = "ANAMORPH_CA_FILE"
+"""Variable that names a file of PEM certificates, trusted besides the usual ones."""
+
+
+def context() -> ssl.SSLContext:
+    """The usual authorities, and those of the file that ``ANAMORPH_CA_FILE`` names.
+
+    Raises:
+        SetupError: there is no such file, or it holds no certificates.
+    """
+    trusted = httpx.create_ssl_context(trust_env=False)
+    if file := os.environ.get(CA_FILE):
+        try:
+            trusted.load_verify_locations(file)
+        except OSError as error:  # an ssl.SSLError is one, too
+            raise errors.SetupError(
+                f"{CA_FILE}: {file} holds no PEM certificates ({type(error).__name__}): name a file that does"
+            ) from None
+    return trusted
