@@ -53,7 +53,7 @@ def test_published_work_of_another_base_is_refused(
     digest = Checkpoint.open(base).digest()
     first = make_replica(base, store, NAME, key, scratch=tmp_path / "first", base_digest=digest)
     again = make_replica(base, store, NAME, key, scratch=tmp_path / "again", base_digest=digest)
-    assert again == first
+    assert again.manifest_sha256 == first.manifest_sha256
     with pytest.raises(BaseRefused, match="another base than sha256:0000"):
         make_replica(base, store, NAME, key, scratch=tmp_path / "third", base_digest=f"sha256:{0:064}")
 
