@@ -250,11 +250,10 @@ def main(config: Path, work: Path) -> None:
     settings = json.loads(config.read_text())
     model = settings["model"]
     commands = Commands(settings["keysvc"], model["spec"]["tenant"], Path(settings["credential"]), work)
-    with httpx.Client(
-        base_url=API_SERVER, verify=str(ACCOUNT / "ca.crt"), trust_env=False, timeout=30
-    ) as api:
-        token = ACCOUNT / "token"
-        check(Resource(api, token.read_text, model), commands, settings["within_s"])
+    trusted = ssl.create_default_context(cafile=ACCOUNT / "ca.crt")
+    with httpx.Client(base_url=API_SERVER, verify=trusted, trust_env=False, timeout=30) as api:
+        resource = Resource(api, (ACCOUNT / "token").read_text, model)
+        check(resource, commands, settings["within_s"])
 
 
 if __name__ == "__main__":
