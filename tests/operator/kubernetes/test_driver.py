@@ -289,7 +289,6 @@ def test_a_resource_that_must_not_name_its_tenant_gets_nothing(scene: Scene) -> 
     scene.model()
     until(lambda: scene.state(1) is not None, "a version")
     scene.core.patch_namespace(scene.team, {"metadata": {"annotations": {TENANTS: "other"}}})
-    scene.driver.models._namespaces._seen.clear()  # as after the half minute for which it is believed
     scene.annotate(ROTATE, "again")
     until(lambda: scene.condition("Degraded") == ("True", "NamespaceNotBound"), "refused")
     scene.delete()
