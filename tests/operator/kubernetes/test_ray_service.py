@@ -130,14 +130,6 @@ def test_a_group_announces_what_its_pods_have() -> None:
     assert limits == {"cpu": "7500m", "memory": "64Gi", "nvidia.com/gpu": "1"}
 
 
-def test_replicas_may_share_processors() -> None:
-    """What Ray counts is another thing than what the pod may take."""
-    shared = {"name": "w", "rayCpus": 8, "resources": {"cpu": "500m"}}
-    [group] = ray_cluster({"ray.workerGroups": [shared]})["workerGroupSpecs"]
-    assert group["rayStartParams"]["num-cpus"] == "8"
-    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "500m"
-
-
 def test_a_group_goes_where_it_is_told() -> None:
     gpu, _ = ray_cluster(ALL)["workerGroupSpecs"]
     spec = gpu["template"]["spec"]

@@ -16,7 +16,7 @@ from anamorph_operator.kubernetes.build import pods, ray_volumes
 from anamorph_operator.kubernetes.build.materialization import mib
 from anamorph_operator.kubernetes.build.pods import Manifest
 from anamorph_operator.kubernetes.build.ray_group import Group
-from anamorph_operator.kubernetes.resources.serving_cluster import PodSpec, Resources
+from anamorph_operator.kubernetes.resources.serving_cluster import Resources
 
 COMPONENT = "ray"
 SERVE_PORT, DASHBOARD_PORT = 8000, 8265
@@ -29,7 +29,7 @@ def start_params(group: Group) -> dict[str, str]:
     resources, params = group.pod.resources, {}
     if group.head:
         params["dashboard-host"] = "0.0.0.0"  # noqa: S104 - other pods ask it, with Ray's token
-    params["num-cpus"] = _cpus(group.pod) if group.computes else "0"
+    params["num-cpus"] = _cpus(resources.cpu) if group.computes else "0"
     params["num-gpus"] = str(resources.gpus) if group.computes else "0"
     custom = _custom_resources(group)
     if custom:
@@ -47,9 +47,9 @@ def _custom_resources(group: Group) -> dict[str, int]:
     return found
 
 
-def _cpus(pod: PodSpec) -> str:
+def _cpus(quantity: str) -> str:
     """Whole CPUs, at least one: Ray counts none that are not whole."""
-    return str(pod.ray_cpus or max(1, int(parse_quantity(pod.resources.cpu))))
+    return str(max(1, int(parse_quantity(quantity))))
 
 
 def template(group: Group) -> Manifest:

@@ -52,14 +52,11 @@ class PodSpec(Part):
 
     Args:
         accelerator: Ray's name of the device type.
-        ray_cpus: that Ray takes a pod to have, where that is not ``resources.cpu`` in whole numbers: an
-            application takes 1, whatever it really uses, so more of them let replicas share processors.
         replica_memory: what replicas may take in one pod, of its devices or, for engines on the CPU, of
             the host: announced to Ray, so that models are placed by it. If no pod says it, they are not.
     """
 
     resources: Resources = Resources()
-    ray_cpus: Annotated[int, Field(ge=1, le=1024)] | None = None
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]{0,62}$", max_length=63)] | None = (
         None
     )
