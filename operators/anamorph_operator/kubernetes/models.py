@@ -126,6 +126,8 @@ class ModelKeeper:
         if not troubles.keys() & _UNASKED:
             troubles |= self._held(resource, record)
             troubles |= await self._ask(resource, record, versions, may_move=Problem.NO_ROOM not in troubles)
+        if Problem.DUPLICATE in troubles:
+            record, versions = None, ()  # they are the owner's to show
         known = Known(record, versions, self._observed(resource, versions), troubles)
         status = model_status(resource, known, self._view.places(), self._now())
         await self._write(seen, ENCRYPTED_MODEL.name, resource.status, status)
