@@ -321,7 +321,7 @@ def test_values_files_are_valid(tmp_path: Path) -> None:
     [images] = [one for _, one in ALL if "images" in one]
     (tmp_path / "production.yaml").write_text(yaml.safe_dump(production))
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(images))
-    common = ["template", "anamorph", CHART, "-n", "anamorph", "--kube-version", KUBERNETES]
+    common: list[str | Path] = ["template", "anamorph", CHART, "-n", "anamorph", "--kube-version", KUBERNETES]
     common += ["--set", "networkPolicies.apiServer.cidrs={10.0.0.1/32}"]
     made = helm(*common, "-f", tmp_path / "production.yaml")
     assert "registry.example.com/anamorph/anamorph-keysvc:0.1.0" in made
