@@ -21,7 +21,7 @@ import pytest
 import typer
 import yaml
 from pydantic import ValidationError
-from tests.cluster.guide import PAGE, Block, blocks, step, walk
+from tests.cluster.guide import FROM_ELSEWHERE, PAGE, Block, blocks, step, walk
 from tests.cluster.shell import ScriptFailed, shell
 from tests.servers.find import binary
 
@@ -111,7 +111,7 @@ def test_the_walk_is_numbered() -> None:
     titles = [one.title for one in walk()]
     assert titles[0] == "The cluster"
     assert titles[-1] == "Uninstall"
-    assert {"Images and charts", "Encrypted models", "The first answer", "Rotate", "Revoke", "Delete"} < set(
+    assert {FROM_ELSEWHERE, "Encrypted models", "The first answer", "Rotate", "Revoke", "Delete"} < set(
         titles
     )
     assert all(one.script.strip() for one in walk())
