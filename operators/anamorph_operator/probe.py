@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import httpx
@@ -23,6 +25,8 @@ from anamorph_operator.state import Check, Outcome, Ref
 _log = logging.getLogger(__name__)
 # A token is replaced this long before it expires.
 _MARGIN = timedelta(seconds=120)
+# Readings of usage under way.
+_AT_ONCE = 16
 
 FetchToken = Callable[[str, str], Awaitable[InferenceTokenRead]]
 
@@ -109,17 +113,36 @@ class Prober:
                 return Outcome.DIFFERENT
         return Outcome.EQUAL
 
-    async def usage(self, endpoint: str, refs: Iterable[Ref], timeout_s: float = 2) -> dict[Ref, Usage]:
+    async def usage(
+        self, endpoint: str, refs: Iterable[Ref], timeout_s: float = 2, within_s: float = 4
+    ) -> dict[Ref, Usage]:
         """Readings of the versions that answer; one that does not is left out.
+
+        A few at a time: what the HTTP client does for each request grows with the number of those that wait. In
+        random order, so that those who do not answer never cost the same others their reading.
 
         Args:
             endpoint: ``http://host:port`` of Ray Serve.
             refs: versions to ask.
             timeout_s: longest wait for each.
+            within_s: longest wait for all.
         """
+        found: dict[Ref, Usage] = {}
+        places = asyncio.Semaphore(_AT_ONCE)
+
+        async def read(ref: Ref) -> None:
+            async with places:
+                usage = await self._reading(endpoint, ref, timeout_s)
+            if usage is not None:
+                found[ref] = usage
+
         asked = list(refs)
-        answers = await asyncio.gather(*(self._reading(endpoint, ref, timeout_s) for ref in asked))
-        return {ref: answer for ref, answer in zip(asked, answers, strict=True) if answer is not None}
+        random.shuffle(asked)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s), asyncio.TaskGroup() as readings:
+                for ref in asked:
+                    readings.create_task(read(ref))
+        return found
 
     async def _reading(self, endpoint: str, ref: Ref, timeout_s: float) -> Usage | None:
         try:

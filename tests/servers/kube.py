@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import secrets
 import ssl
 import time
@@ -26,6 +27,7 @@ from tests.servers.process import Program, free_port
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 REVIEWERS = "system:auth-delegator"
+AUDIT = "audit.log"
 
 
 @dataclass
@@ -52,9 +54,9 @@ class ApiServer:
         """Delete a service account: its tokens end with it."""
         client.CoreV1Api(self.admin).delete_namespaced_service_account(name, namespace)
 
-    def token(self, namespace: str, name: str, audiences: Sequence[str] = ()) -> str:
+    def token(self, namespace: str, name: str, audiences: Sequence[str] = (), seconds: int = 600) -> str:
         """A bound token from TokenRequest, for the API server itself if no audience is given."""
-        spec = {"audiences": list(audiences), "expirationSeconds": 600}
+        spec = {"audiences": list(audiences), "expirationSeconds": seconds}
         answer = client.CoreV1Api(self.admin).create_namespaced_service_account_token(
             name, namespace, {"spec": spec}
         )
@@ -83,14 +85,20 @@ class ApiServer:
 
 
 @contextmanager
-def running_apiserver(folder: Path) -> Iterator[ApiServer]:
-    """An API server of its own, with all its files in ``folder``; both programs end with the block."""
+def running_apiserver(folder: Path, audited: str | None = None) -> Iterator[ApiServer]:
+    """An API server of its own, with all its files in ``folder``; both programs end with the block.
+
+    Args:
+        folder: an empty one.
+        audited: a user each of whose requests is noted in the file ``AUDIT`` there.
+    """
     apiserver, etcd = binary("kube-apiserver"), binary("etcd")
     store, port = f"http://127.0.0.1:{free_port()}", free_port()
     signing_key, admin_token = _write_files(folder), secrets.token_hex(16)
     (folder / "tokens.csv").write_text(f'{admin_token},admin,1,"system:masters"\n')
     database = Program(_etcd(etcd, folder, store), folder / "etcd.log")
-    server = Program(_apiserver(apiserver, folder, store, port), folder / "apiserver.log")
+    command = [*_apiserver(apiserver, folder, store, port), *_audit(folder, audited)]
+    server = Program(command, folder / "apiserver.log")
     url, ca_file = f"https://127.0.0.1:{port}", folder / "ca.crt"
     try:
         database.start(lambda: _answers(f"{store}/health"))
@@ -152,6 +160,15 @@ def _apiserver(program: Path, folder: Path, store: str, port: int) -> list[str]:
         "profiling": "false",
     }
     return [str(program), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _audit(folder: Path, user: str | None) -> list[str]:
+    if user is None:
+        return []
+    rules = [{"level": "Metadata", "users": [user]}, {"level": "None"}]
+    policy = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"]}
+    (folder / "audit.yaml").write_text(json.dumps({**policy, "rules": rules}))
+    return [f"--audit-policy-file={folder / 'audit.yaml'}", f"--audit-log-path={folder / AUDIT}"]
 
 
 def _answers(url: str, ca_file: Path | None = None) -> bool:

@@ -6,6 +6,7 @@ before that where the resource wants it. So a model that moves keeps its old ver
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -68,7 +69,9 @@ class Assignment:
         taken = {_key(version) for version in here}
         chosen = [m for m in models if self._keeps(_model_key(m), taken)]
         kept = tuple(v for v in here if _key(v) not in self.full)
-        return tuple(_until(model, here, elsewhere) for model in chosen), kept
+        mine, others = _numbers(here), _numbers(elsewhere)
+        until = (_until(m, mine[_model_key(m)], others[_model_key(m)]) for m in chosen)
+        return tuple(until), kept
 
     def _keeps(self, key: Key, taken: set[Key]) -> bool:
         """Whether a model's record is needed here: also while something of a former version may stand."""
@@ -79,10 +82,15 @@ class Assignment:
         return key in taken or was or resource.spec.serving_cluster == self.cluster
 
 
-def _until(model: ModelRead, here: list[KeyVersionRead], elsewhere: list[KeyVersionRead]) -> ModelRead:
-    key = _model_key(model)
-    last = max((v.version for v in here if _key(v) == key), default=0)
-    later = [v.version for v in elsewhere if _key(v) == key and v.version > last]
+def _numbers(versions: Iterable[KeyVersionRead]) -> Mapping[Key, list[int]]:
+    found = defaultdict(list)
+    for version in versions:
+        found[_key(version)].append(version.version)
+    return found
+
+
+def _until(model: ModelRead, here: list[int], elsewhere: list[int]) -> ModelRead:
+    later = [version for version in elsewhere if version > max(here, default=0)]
     return model.model_copy(update={"last_version": min(later) - 1}) if later else model
 
 

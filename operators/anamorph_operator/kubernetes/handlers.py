@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 FINALIZER = f"{GROUP}/replicas"
 _MODELS = (GROUP, VERSION, ENCRYPTED_MODEL.plural)
 _CLUSTERS = (GROUP, VERSION, SERVING_CLUSTER.plural)
+_NAMESPACES = ("", "v1", "namespaces")
 # Seconds: between two looks at a deletion, after a failure, for a cluster's turn to end.
 _LOOK_S, _AGAIN_S, _END_S = 3, 10, 10
 
@@ -91,6 +92,7 @@ class Handlers:
         kopf.on.cleanup(registry=made)(self.end)
         kopf.index(*_MODELS, id="models", registry=made)(self.index_model)
         kopf.index(*_CLUSTERS, id="clusters", when=self._ours, registry=made)(self.index_cluster)
+        kopf.index(*_NAMESPACES, id="namespaces", registry=made)(self.index_namespace)
         kopf.on.event(*_MODELS, registry=made)(self.seen)
         kopf.on.event(*_CLUSTERS, when=self._ours, registry=made)(self.seen)
         kopf.on.delete(*_MODELS, registry=made)(self.deleted)
@@ -126,9 +128,13 @@ class Handlers:
         """Every cluster of the compute namespace, as a typed value."""
         return _indexed(ServingCluster.read, body)
 
+    async def index_namespace(self, body: kopf.Body, **_: Any) -> Mapping[str, Mapping[str, str]]:
+        """Annotations of every namespace: to read each when it is needed would be a call per tenant."""
+        return {body["metadata"]["name"]: dict(body["metadata"].get("annotations") or {})}
+
     async def seen(self, body: kopf.Body, **indices: Any) -> None:
         """Wake whoever keeps it, if it has changed by somebody else's hand."""
-        self._begin(indices["models"], indices["clusters"])
+        self._begin(indices)
         meta, uid = body["metadata"], body["metadata"]["uid"]
         now = (meta.get("generation"), meta.get("annotations"), meta.get("deletionTimestamp"))
         if self._seen.get(uid) == now:
@@ -138,11 +144,12 @@ class Handlers:
             self._changed[meta["name"]].set()
         self._view.wake()
 
-    def _begin(self, models: Index, clusters: Index) -> None:
+    def _begin(self, indices: Mapping[str, Any]) -> None:
         """From the first event on all indices are complete; before, nothing may be concluded from them."""
         if self._loop is None:
-            self._view.models = lambda: list(_values(models))
-            self._view.clusters = lambda: list(_values(clusters))
+            self._view.models = lambda: list(_values(indices["models"]))
+            self._view.clusters = lambda: list(_values(indices["clusters"]))
+            self._view.annotations = lambda name: next(iter(indices["namespaces"].get(name, ())), {})
             self._loop = asyncio.create_task(self._models.run(self._stop), name="models")
 
     async def deleted(self, body: kopf.Body, **_: Any) -> None:
@@ -162,7 +169,7 @@ class Handlers:
 
     async def keep(self, body: kopf.Body, stopped: Any, **indices: Any) -> None:
         """Keep one cluster as long as it is there; begin anew with every change of its spec."""
-        self._begin(indices["models"], indices["clusters"])
+        self._begin(indices)
         name = body["metadata"]["name"]
         while not stopped:
             changed = self._changed[name] = asyncio.Event()

@@ -22,11 +22,10 @@ from anamorph_operator.actions import Apply
 from anamorph_operator.kubernetes.api import Api
 from anamorph_operator.kubernetes.assignment import Key, no_room_for, owners, place
 from anamorph_operator.kubernetes.carry import carry
-from anamorph_operator.kubernetes.catalogue import NAMESPACES
 from anamorph_operator.kubernetes.conditions import Known
 from anamorph_operator.kubernetes.intent import steps
 from anamorph_operator.kubernetes.records import mismatch
-from anamorph_operator.kubernetes.resources.admission import TENANTS, bound
+from anamorph_operator.kubernetes.resources.admission import TENANTS
 from anamorph_operator.kubernetes.resources.definition import ENCRYPTED_MODEL, SERVING_CLUSTER
 from anamorph_operator.kubernetes.resources.objects import EncryptedModel, ServingCluster
 from anamorph_operator.kubernetes.resources.part import Part
@@ -36,7 +35,7 @@ from anamorph_operator.kubernetes.view import View, Watched, status_of
 from anamorph_operator.state import Observed
 
 _log = logging.getLogger(__name__)
-# How long something that seldom changes is believed: a namespace's tenants, a version that has ended.
+# How long something that seldom changes is believed: a version that has ended.
 _KEPT = timedelta(seconds=30)
 
 
@@ -49,28 +48,6 @@ class Records:
     away: str | None = None
 
 
-class Namespaces:
-    """Which namespace may name which tenant, as the admission policy has it."""
-
-    def __init__(self, api: Api, now: Callable[[], datetime]) -> None:
-        self._api = api
-        self._now = now
-        self._seen: dict[str, tuple[datetime, Mapping[str, str]]] = {}
-
-    async def bound(self, namespace: str, tenant: str) -> bool:
-        """Whether it may.
-
-        Raises:
-            Unavailable: the API server does not answer.
-            Forbidden: the operator may not read namespaces.
-        """
-        seen = self._seen.get(namespace)
-        if seen is None or self._now() >= seen[0] + _KEPT:
-            found = await self._api.get(NAMESPACES, None, namespace)
-            seen = self._seen[namespace] = (self._now(), found["metadata"].get("annotations") or {})
-        return bound(seen[1], tenant)
-
-
 class ModelKeeper:
     """One turn for all resources."""
 
@@ -79,13 +56,11 @@ class ModelKeeper:
         view: View,
         api: Api,
         keys: AsyncKeyService,
-        namespaces: Namespaces,
         now: Callable[[], datetime],
     ) -> None:
         self._view = view
         self._api = api
         self._keys = keys
-        self._namespaces = namespaces
         self._now = now
         self._ended: dict[tuple[Key, int], tuple[datetime, KeyVersionRead]] = {}
 
@@ -147,15 +122,17 @@ class ModelKeeper:
         self, seen: Watched, resource: EncryptedModel, owner: EncryptedModel, records: Records
     ) -> None:
         record, versions = records.models.get(resource.key), records.versions.get(resource.key, ())
-        troubles = await self._troubles(resource, owner, records)
+        troubles = self._troubles(resource, owner, records)
         if not troubles.keys() & _UNASKED:
             troubles |= self._held(resource, record)
             troubles |= await self._ask(resource, record, versions, may_move=Problem.NO_ROOM not in troubles)
+        if Problem.DUPLICATE in troubles:
+            record, versions = None, ()  # they are the owner's to show
         known = Known(record, versions, self._observed(resource, versions), troubles)
         status = model_status(resource, known, self._view.places(), self._now())
         await self._write(seen, ENCRYPTED_MODEL.name, resource.status, status)
 
-    async def _troubles(
+    def _troubles(
         self, resource: EncryptedModel, owner: EncryptedModel, records: Records
     ) -> dict[Problem, str]:
         """What speaks against asking for it at all."""
@@ -168,15 +145,12 @@ class ModelKeeper:
             found[Problem.KEY_SERVICE_AWAY] = records.away
         if record is not None and (differs := mismatch(resource, record)) is not None:
             found[Problem.RECORD_DIFFERS] = differs
-        return found | await self._unbound(resource) | self._nowhere(resource)
+        return found | self._unbound(resource) | self._nowhere(resource)
 
-    async def _unbound(self, resource: EncryptedModel) -> dict[Problem, str]:
+    def _unbound(self, resource: EncryptedModel) -> dict[Problem, str]:
         namespace = resource.metadata.namespace
-        try:
-            if await self._namespaces.bound(namespace, resource.tenant):
-                return {}
-        except errors.ServiceError as error:
-            return {Problem.NAMESPACE_NOT_BOUND: str(error)}
+        if self._view.bound(resource):
+            return {}
         return {
             Problem.NAMESPACE_NOT_BOUND: f"namespace {namespace} is not bound to tenant {resource.tenant}: "
             f"a cluster admin adds it to the annotation {TENANTS} of the namespace"

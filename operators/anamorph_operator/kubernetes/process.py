@@ -24,7 +24,7 @@ from anamorph_operator.kubernetes.catalogue import ENCRYPTED_MODELS, SERVING_CLU
 from anamorph_operator.kubernetes.clusters import ClusterKeeper
 from anamorph_operator.kubernetes.health import Health
 from anamorph_operator.kubernetes.lease import Lease
-from anamorph_operator.kubernetes.models import ModelKeeper, Namespaces
+from anamorph_operator.kubernetes.models import ModelKeeper
 from anamorph_operator.kubernetes.options import Options, Site
 from anamorph_operator.kubernetes.removal import Remover
 from anamorph_operator.kubernetes.tokens import FileBearer
@@ -50,12 +50,11 @@ class Driver:
         now: Callable[[], datetime],
         connect: Callable[[], httpx.AsyncBaseTransport],
     ) -> None:
-        namespaces = Namespaces(api, now)
         self.now = now
         self.view = View(site)
         self.clusters = ClusterKeeper(self.view, api, keys, now, connect)
-        self.models = ModelKeeper(self.view, api, keys, namespaces, now)
-        self.remover = Remover(self.view, keys, namespaces)
+        self.models = ModelKeeper(self.view, api, keys, now)
+        self.remover = Remover(self.view, keys)
 
 
 Operate = Callable[[Driver, Callable[[], Connection], threading.Event], Awaitable[None]]

@@ -12,7 +12,6 @@ from anamorph_operator import listing
 from anamorph_operator.kubernetes import intent
 from anamorph_operator.kubernetes.assignment import owners
 from anamorph_operator.kubernetes.carry import carry
-from anamorph_operator.kubernetes.models import Namespaces
 from anamorph_operator.kubernetes.resources.objects import FORCE_DELETE, EncryptedModel
 from anamorph_operator.kubernetes.view import View
 from anamorph_operator.reconciler import Turn
@@ -21,10 +20,9 @@ from anamorph_operator.reconciler import Turn
 class Remover:
     """Removes models, a step at each call."""
 
-    def __init__(self, view: View, keys: AsyncKeyService, namespaces: Namespaces) -> None:
+    def __init__(self, view: View, keys: AsyncKeyService) -> None:
         self._view = view
         self._keys = keys
-        self._namespaces = namespaces
         self._clean: dict[str, dict[str, Turn | None]] = {}
 
     async def step(self, resource: EncryptedModel) -> str | None:
@@ -35,7 +33,7 @@ class Remover:
         Raises:
             ServiceError: the key service or the API server does not answer, or refuses.
         """
-        if not await self._owns(resource):
+        if not self._owns(resource):
             return None
         versions = await self._versions(resource)
         todo = intent.removal(resource, versions)
@@ -47,10 +45,10 @@ class Remover:
             return f"{len(todo)} of {len(versions)} versions had not ended"
         return self._standing(resource)
 
-    async def _owns(self, resource: EncryptedModel) -> bool:
+    def _owns(self, resource: EncryptedModel) -> bool:
         owner = owners([*self._view.resources(), resource])[resource.key]
         same = owner.metadata.uid == resource.metadata.uid
-        return same and await self._namespaces.bound(resource.metadata.namespace, resource.tenant)
+        return same and self._view.bound(resource)
 
     async def _versions(self, resource: EncryptedModel) -> Sequence[KeyVersionRead]:
         try:

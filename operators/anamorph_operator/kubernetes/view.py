@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from anamorph_operator.actions import Hold
@@ -11,6 +11,7 @@ from anamorph_operator.kubernetes.assignment import Assignment, Key, Places
 from anamorph_operator.kubernetes.build.serve_config import serve_url
 from anamorph_operator.kubernetes.catalogue import Object
 from anamorph_operator.kubernetes.options import Site
+from anamorph_operator.kubernetes.resources.admission import bound
 from anamorph_operator.kubernetes.resources.objects import EncryptedModel, ServingCluster
 from anamorph_operator.kubernetes.resources.part import GROUP, VERSION, Part
 from anamorph_operator.reconciler import Reconciler, Turn
@@ -32,11 +33,13 @@ class View:
         site: what the operator was started with.
         models: every ``EncryptedModel``.
         clusters: every ``ServingCluster`` of the compute namespace.
+        annotations: of a namespace, by its name; none of one that is not there.
     """
 
     site: Site
     models: Callable[[], Iterable[Watched]] = tuple
     clusters: Callable[[], Iterable[Watched]] = tuple
+    annotations: Callable[[str], Mapping[str, str]] = lambda _: {}
     reconcilers: dict[str, Reconciler] = field(default_factory=dict)
     assignments: dict[str, Assignment] = field(default_factory=dict)
     wakes: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -54,6 +57,10 @@ class View:
     def resources(self) -> list[EncryptedModel]:
         """Every ``EncryptedModel``, those that are being deleted too."""
         return [seen.of for seen in self.models() if isinstance(seen.of, EncryptedModel)]
+
+    def bound(self, resource: EncryptedModel) -> bool:
+        """Whether its namespace may name its tenant, as the admission policy has it."""
+        return bound(self.annotations(resource.metadata.namespace), resource.tenant)
 
     def places(self) -> Places:
         """Where clients reach each cluster."""

@@ -68,11 +68,12 @@ class Kubernetes:
 def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]:
     with running_apiserver(tmp_path_factory.mktemp("kubernetes")) as server:
         made = Kubernetes(server)
-        _define(made)
+        define(made)
         yield made
 
 
-def _define(kubernetes: Kubernetes) -> None:
+def define(kubernetes: Kubernetes) -> None:
+    """Our resources and the admission policy; they are in force when it returns."""
     admin = kubernetes.server.admin
     extensions = client.ApiextensionsV1Api(admin)
     for kind in KINDS:

@@ -22,17 +22,20 @@ NOW = datetime.now(UTC)
 POD = {"POD_IP": "127.0.0.2", "FQ_RAY_IP": "main-head-svc.compute.svc.cluster.local"}
 
 
-def authority(folder: Path, *, ca: bool = True) -> Path:
-    """An authority as cert-manager writes one."""
+def authority(
+    folder: Path, *, ca: bool = True, called: str = "ray-authority", identifier: bytes | None = None
+) -> Path:
+    """An authority as cert-manager writes one, or with a name and a key identifier of its own."""
     folder.mkdir()
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ray-authority")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, called)])
+    known = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(NOW - timedelta(days=1))
         .not_valid_after(NOW + timedelta(days=365))
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier(identifier or known.digest), critical=False)
         .add_extension(
             x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True
         )
@@ -85,6 +88,14 @@ def handshake(server: Path, peers: Path, host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.2", "127.0.0.1", "localhost", POD["FQ_RAY_IP"]])
 def test_a_pod_is_believed_at_its_own_addresses(pod: Path, host: str) -> None:
     handshake(pod, pod, host)
+
+
+def test_an_authority_may_call_itself_and_its_key_as_it_likes(tmp_path: Path) -> None:
+    """Helm's and Go's make another identifier of a key than ours; theirs counts, and "ray" is a fair name."""
+    out = tmp_path / "out"
+    out.mkdir()
+    main([str(authority(tmp_path / "ca", called="ray", identifier=b"\x01" * 20)), str(out)], POD, NOW)
+    handshake(out, out, POD["POD_IP"])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.3", "example.com"])

@@ -23,10 +23,14 @@ def bound(annotations: Mapping[str, str], tenant: str) -> bool:
 
 
 def policy() -> dict[str, Any]:
-    """The ValidatingAdmissionPolicy; where it cannot be evaluated, the write is refused."""
+    """The ValidatingAdmissionPolicy; where it cannot be evaluated, the write is refused.
+
+    What is being deleted may be written: else no finalizer would come off once a namespace is bound no more.
+    """
     annotations = "namespaceObject.metadata.annotations"
     tenants = f"{annotations}['{TENANTS}'].split(',').map(t, t.trim())"
     known = f"has({annotations}) && '{TENANTS}' in {annotations}"
+    going = "has(object.metadata.deletionTimestamp)"
     rule = {
         "apiGroups": [GROUP],
         "apiVersions": [VERSION],
@@ -34,7 +38,7 @@ def policy() -> dict[str, Any]:
         "resources": [ENCRYPTED_MODEL.plural],
     }
     validation = {
-        "expression": f"{known} && object.spec.tenant in {tenants}",
+        "expression": f"{going} || ({known} && object.spec.tenant in {tenants})",
         "messageExpression": (
             "'namespace ' + namespaceObject.metadata.name + ' is not bound to tenant ' + object.spec.tenant"
             f" + ': a cluster admin adds it to the annotation {TENANTS} of the namespace'"

@@ -24,6 +24,7 @@ from anamorph.errors import AnamorphError, SetupError
 # Clocks of nodes differ.
 _SKEW = timedelta(minutes=5)
 _Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+_Public = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 _ALWAYS = ("localhost", "127.0.0.1")
 
 
@@ -75,9 +76,9 @@ def _signed(
     known_as: Sequence[str],
     now: datetime,
 ) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ray")])
+    # By its address: a subject that is the authority's own would look like one that signed itself.
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"ray at {known_as[len(_ALWAYS)]}")])
     both = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
     builder = (
         x509.CertificateBuilder(authority.subject, name, own.public_key(), x509.random_serial_number())
         .not_valid_before(max(now - _SKEW, authority.not_valid_before_utc))
@@ -85,9 +86,18 @@ def _signed(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(both, critical=False)
         .add_extension(x509.SubjectAlternativeName([_known_as(one) for one in known_as]), critical=False)
-        .add_extension(identifier, critical=False)
+        .add_extension(_identifier(authority, key.public_key()), critical=False)
     )
     return builder.sign(key, hashes.SHA256())
+
+
+def _identifier(authority: x509.Certificate, key: _Public) -> x509.AuthorityKeyIdentifier:
+    """As the authority calls its key, which need not be what we would make of it."""
+    try:
+        named = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(key)
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(named)
 
 
 def _known_as(text: str) -> x509.GeneralName:
