@@ -52,8 +52,9 @@ def resource(cluster: Cluster, settings: Object) -> Iterator[Any]:
 
 def report(cluster: Cluster, name: str, status: str, message: str) -> None:
     """Say of the model what the operator would."""
-    condition = {"type": "Ready", "status": status, "reason": "Running" if status == "True" else "NoRoom"}
-    condition |= {"message": message, "lastTransitionTime": "2026-01-01T00:00:00Z", "observedGeneration": 1}
+    reason = "Running" if status == "True" else "NoRoom"
+    condition: Object = {"type": "Ready", "status": status, "reason": reason, "message": message}
+    condition |= {"lastTransitionTime": "2026-01-01T00:00:00Z", "observedGeneration": 1}
     client.CustomObjectsApi(cluster.server.admin).patch_namespaced_custom_object_status(
         GROUP, VERSION, TESTS, PLURAL, name, {"status": {"conditions": [condition]}}
     )
