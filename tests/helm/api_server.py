@@ -17,6 +17,7 @@ from tests.servers.find import binary
 from tests.servers.kube import ApiServer, running_apiserver
 
 ZONES = (RELEASE, "anamorph-jobs", "anamorph-compute")
+TESTS = "anamorph-test"
 # Resources of others that the chart makes objects of; their own schemas are theirs to check.
 FOREIGN = {
     "monitoring.coreos.com/v1": {
@@ -63,7 +64,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
         done = made.kubectl("create", objects=[*ours, *others])
         assert done.returncode == 0, done.stderr
         await_definitions(admin)
-        for zone in ZONES:
+        for zone in (*ZONES, TESTS):
             labels = {"pod-security.kubernetes.io/enforce": "restricted"}
             client.CoreV1Api(admin).create_namespace({"metadata": {"name": zone, "labels": labels}})
             server._namespaces.add(zone)

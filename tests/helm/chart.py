@@ -43,6 +43,7 @@ VARIANTS: dict[str, tuple[Path, Object]] = {
                 "gateway": {"enabled": True, "parentRefs": [{"name": "public", "sectionName": "https"}]},
             },
             "tests": _TESTS,
+            "servingCluster": {"minAvailableWorkers": 1},
             "keysvc": {
                 "audit": {"destination": "s3://audit/all", "credentialsSecret": "audit"},
                 "limits": {"grant_ttl_s": 600, "backup_retention_s": 3024000},

@@ -11,8 +11,15 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 def test_the_api_server_takes_every_object(cluster: Cluster, objects: list[Object]) -> None:
     """Server-side dry run of the whole variant, unknown and doubled fields refused."""
+    with_accounts(cluster, objects)
     done = cluster.tried(objects)
     assert done.returncode == 0, done.stderr
+
+
+def with_accounts(cluster: Cluster, objects: list[Object]) -> None:
+    """A pod is taken only where its service account is there already."""
+    made = cluster.kubectl("apply", "--server-side", objects=of_kind(objects, "ServiceAccount"))
+    assert made.returncode == 0, made.stderr
 
 
 def test_it_does_refuse_what_is_wrong(cluster: Cluster, objects: list[Object]) -> None:
@@ -37,9 +44,7 @@ def pods(objects: list[Object]) -> list[Object]:
 
 def test_every_pod_is_admitted_as_restricted(cluster: Cluster, objects: list[Object]) -> None:
     """Namespaces that enforce ``restricted`` admit each pod; a privileged one they refuse."""
-    accounts = of_kind(objects, "ServiceAccount")
-    made = cluster.kubectl("apply", "--server-side", objects=accounts)
-    assert made.returncode == 0, made.stderr
+    with_accounts(cluster, objects)
     wanted = pods(objects)
     done = cluster.tried(wanted)
     assert done.returncode == 0, done.stderr

@@ -77,8 +77,10 @@ def kept(cluster: ApiServer, vault: VaultServer, request: pytest.FixtureRequest)
     core, namespace = client.CoreV1Api(cluster.admin), f"n{abs(hash(request.node.name)) % 10**8}"
     core.create_namespace({"metadata": {"name": namespace}})
     core.create_namespaced_secret(namespace, {"metadata": {"name": SECRET}})
-    login = Approle(role_id="keysvc", wrapped_secret_id_file=Path("/none"))
-    logins = {"issuer": login, "releaser": login, "shredder": login}
+    logins = {
+        one: Approle(role_id=one, wrapped_secret_id_file=Path("/none"))
+        for one in ("issuer", "releaser", "shredder")
+    }
     settings = VaultSettings(address=vault.url, ca_file=vault.ca_file, **logins)
     tokens: list[str] = []
 

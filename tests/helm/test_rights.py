@@ -6,12 +6,12 @@ import re
 
 import pytest
 from kubernetes import client
-from tests.helm.api_server import ZONES, Cluster
+from tests.helm.api_server import TESTS, ZONES, Cluster
 from tests.helm.chart import RELEASE, Object, of_kind, rendered
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-JOBS, COMPUTE, TESTS = "anamorph-jobs", "anamorph-compute", "anamorph-test"
+JOBS, COMPUTE = "anamorph-jobs", "anamorph-compute"
 ELSEWHERE = ("default", "kube-system")
 NAMESPACES = (*ZONES, TESTS, *ELSEWHERE)
 RBAC = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
@@ -72,15 +72,10 @@ IN_ONE: dict[tuple[str, str], set[Right]] = {
 def ruled(cluster: Cluster) -> Cluster:
     """The evaluation profile's rights, with canary and test, and the account of a tenant's jobs."""
     objects = rendered("evaluation", canary={"enabled": True})
-    spaces = [space(name) for name in (TESTS, "nobodys")]
     accounts = [account("materializer-acme", JOBS), *(account("nobody", one) for one in NAMESPACES)]
-    done = cluster.kubectl("create", objects=[*spaces, *accounts, *of_kind(objects, *RBAC)])
+    done = cluster.kubectl("create", objects=[*accounts, *of_kind(objects, *RBAC)])
     assert done.returncode == 0, done.stderr
     return cluster
-
-
-def space(name: str) -> Object:
-    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
 
 
 def account(name: str, namespace: str) -> Object:

@@ -31,13 +31,18 @@ def main(host: str, port: str, database: str, ca_file: str, folder: Path) -> Non
     with tempfile.TemporaryDirectory() as private:
         passfile = Path(private) / "pgpass"
         passfile.touch(0o600)
-        passfile.write_text("".join(f"*:*:*:{user}:{word}\n" for user, word in passwords.items()))
+        passfile.write_text("".join(f"*:*:*:{user}:{escaped(word)}\n" for user, word in passwords.items()))
         os.environ["PGPASSFILE"] = str(passfile)
         make_database(url("postgres", "postgres"), database)
         program = ["anamorph-keysvc", "database"]
         subprocess.run([*program, "setup", "--url", url("postgres")], check=True)
         set_passwords(url("postgres"), passwords)
         subprocess.run([*program, "upgrade", "--url", url("anamorph_migrator")], check=True)
+
+
+def escaped(word: str) -> str:
+    """A password as libpq's password file has it."""
+    return word.replace("\\", "\\\\").replace(":", "\\:")
 
 
 def make_database(url: str, name: str) -> None:

@@ -62,9 +62,14 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 https://{{ include "anamorph.name" (list . "keysvc") }}.{{ .Release.Namespace }}.svc:{{ .Values.keysvc.service.port }}
 {{- end -}}
 
-{{/* Host of Ray Serve of the chart's own serving cluster. */}}
+{{/* Service of Ray Serve of the chart's own serving cluster: workers', or of a head that is alone. */}}
+{{- define "anamorph.serveService" -}}
+{{ .Values.servingCluster.name }}-{{ ternary "serve" "head" (not (empty (dig "ray" "workerGroups" list .Values.servingCluster.spec))) }}-svc
+{{- end -}}
+
+{{/* Host of Ray Serve. */}}
 {{- define "anamorph.serveHost" -}}
-{{ .Values.servingCluster.name }}-serve-svc.{{ .Values.namespaces.compute.name }}.svc
+{{ include "anamorph.serveService" . }}.{{ .Values.namespaces.compute.name }}.svc
 {{- end -}}
 
 {{- define "anamorph.serveUrl" -}}

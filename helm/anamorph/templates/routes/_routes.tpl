@@ -1,10 +1,13 @@
 {{/* The two ways in, as a YAML list of dicts: list root. */}}
 {{- define "anamorph.ways" -}}
 {{- if .Values.routes.inference.host }}
+{{- if .Values.servingCluster.spec.existing }}
+{{- fail "routes.inference.host: a Ray cluster that is there already has its own way in; say it as servingCluster.spec.publicUrl" }}
+{{- end }}
 - name: inference
   host: {{ .Values.routes.inference.host }}
   namespace: {{ .Values.namespaces.compute.name }}
-  service: {{ .Values.servingCluster.name }}-serve-svc
+  service: {{ include "anamorph.serveService" . }}
   serverName: {{ include "anamorph.serveHost" . }}
   port: 8000
   tlsSecret: {{ .Values.routes.inference.tlsSecret | quote }}
