@@ -19,10 +19,10 @@ NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { command -v "$$name"; break; }; done)
 
-# Real servers for the tests. Where their builds lie beside the checkout they are unpacked; elsewhere
+# Real servers and tools for the tests. Where their builds lie beside the checkout they are unpacked; elsewhere
 # PATH or ANAMORPH_TEST_BIN offers them, and tests whose server is missing say what to install.
 UNPACK := $(wildcard ../shared/bin/unpack)
-SERVERS := vault toxiproxy-server etcd kube-apiserver otelcol
+SERVERS := vault toxiproxy-server etcd kube-apiserver otelcol helm helm-docs helm-unittest kubectl
 WITH_SERVERS = $(if $(UNPACK),ANAMORPH_TEST_BIN="$${ANAMORPH_TEST_BIN:-$$("$(PYTHON)" $(UNPACK) $(SERVERS))}")
 
 # Every process of a test or demo imports large packages: compiled once, they load faster.
@@ -32,7 +32,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 REPORT = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-vllm bench-vllm images test-images lint format bench bench-long docs clean
+.PHONY: help setup demo test test-unit test-vllm bench-vllm images test-images chart test-chart lint format bench bench-long docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -91,6 +91,13 @@ images:  ## container images PREFIX-role:TAG from BASE; IMAGES="keysvc compute-v
 
 test-images: $(READY)  ## what the built images hold, and that they start; as root, with buildah
 	ANAMORPH_TEST_IMAGES='$(PREFIX)-{}:$(TAG)' $(BIN)/pytest tests/images $(call REPORT,images) $(ARGS)
+
+chart: $(READY)  ## write what the charts have of sources: CRDs, schema, dashboards, alerts, values table
+	$(WITH_SERVERS) $(BIN)/python helm/generate.py
+
+# Part of make test, too: lint of both charts, unit tests, generated files, rights, dry runs on a real API server.
+test-chart: $(READY)  ## every check of the charts
+	$(WITH_SERVERS) $(BIN)/pytest tests/helm $(call REPORT,chart) $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, import rules
 	$(BIN)/ruff check .

@@ -1,12 +1,17 @@
-"""Writes what in the charts is made from sources: CRDs, values schema, dashboards, rules.
+"""Writes what in the charts is made from sources: CRDs, values schema, dashboards, rules, the values table.
 
 python helm/generate.py            # write
 python helm/generate.py --check    # exit with 1 and name what differs
+
+The values table needs helm-docs, in the folder that ANAMORPH_TEST_BIN names or on PATH.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -43,13 +48,29 @@ def template(*objects: dict[str, Any]) -> str:
     return _GENERATED + text.replace("{{", "{{ `{{` }}")
 
 
+def readme() -> str:
+    """The chart's README, with its values table.
+
+    Raises:
+        SystemExit: helm-docs is missing or fails.
+    """
+    path = os.pathsep.join([os.environ.get("ANAMORPH_TEST_BIN") or "", os.environ.get("PATH", os.defpath)])
+    program = shutil.which("helm-docs", path=path)
+    if program is None:
+        sys.exit("needs helm-docs on PATH, or in the folder that ANAMORPH_TEST_BIN names")
+    chosen = ("--chart-search-root", HERE, "--chart-to-generate", HERE / "anamorph")
+    shown = ("--dry-run", "--skip-version-footer", "--sort-values-order", "file", "--log-level", "warning")
+    return subprocess.run([program, *chosen, *shown], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def main() -> int:
-    differing = [file for file, text in generated().items() if not file.exists() or file.read_text() != text]
+    wanted = {**generated(), HERE / "anamorph" / "README.md": readme()}
+    differing = [file for file, text in wanted.items() if not file.exists() or file.read_text() != text]
     for file in differing:
         sys.stdout.write(f"{file.relative_to(HERE.parent)}\n")
         if "--check" not in sys.argv:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(generated()[file])
+            file.write_text(wanted[file])
     return int(bool(differing) and "--check" in sys.argv)
 
 

@@ -24,6 +24,7 @@ from anamorph_keysvc.settings import Limits
 from anamorph_keysvc.vault.settings import VaultSettings
 from anamorph_keysvc.webhooks.settings import WebhookSettings
 from anamorph_operator.kubernetes.resources.definition import structural
+from anamorph_operator.kubernetes.resources.encrypted_model import EncryptedModelSpec
 from anamorph_operator.kubernetes.resources.serving_cluster import ServingClusterSpec
 
 Schema = dict[str, Any]
@@ -117,6 +118,13 @@ def serving_cluster() -> Schema:
     return schema
 
 
+def tested_model() -> Schema:
+    schema: Schema = strict(structural(EncryptedModelSpec))
+    # The chart sets the others itself, and says what is missing where the test is on.
+    own = {"tenant", "model", "servingCluster", "rotationPolicy"}
+    return closed({name: one for name, one in schema["properties"].items() if name not in own})
+
+
 RULES: dict[str, Schema] = {
     "fullnameOverride": {"type": "string", "pattern": "^([a-z]([-a-z0-9]{0,38}[a-z0-9])?)?$"},
     "images.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
@@ -154,6 +162,10 @@ RULES: dict[str, Schema] = {
     "materializer.scratch": AMOUNT,
     "materializer.accessMode": {"enum": ["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]},
     "servingCluster.spec": serving_cluster(),
+    "tests.namespace": {**NAME, "minLength": 1},
+    "tests.tenant": {**NAME, "minLength": 1},
+    "tests.model": tested_model(),
+    "tests.withinSeconds": {"type": "integer", "minimum": 60},
     "networkPolicies.apiServer.cidrs": listed({"type": "string", "pattern": "/[0-9]+$"}),
     "networkPolicies.extraEgress.*": listed(FOREIGN),
     "*.ports": listed(PORT),

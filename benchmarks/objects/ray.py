@@ -47,7 +47,9 @@ class Ray:
 
 def _answer(written: list[dict[str, Any]]) -> str:
     running = {"status": "RUNNING", "last_deployed_time_s": time.time()}
-    return json.dumps({"applications": {one["name"]: {**running, "deployed_app_config": one} for one in written}})
+    return json.dumps(
+        {"applications": {one["name"]: {**running, "deployed_app_config": one} for one in written}}
+    )
 
 
 def _json(text: str) -> Response:

@@ -19,6 +19,10 @@ KUBERNETES = "1.35.0"
 
 Object = dict[str, Any]
 
+_TESTS = {
+    "enabled": True,
+    "model": {"base": {"uri": "s3://bases/smol"}, "vocabSize": 49152, "contextLength": 2048},
+}
 _API_SERVER = {"networkPolicies": {"apiServer": {"cidrs": ["172.31.0.1/32"]}}}
 _ROUTES = {
     "inference": {"host": "models.example.com", "tlsSecret": "models-tls"},
@@ -26,7 +30,7 @@ _ROUTES = {
 }
 VARIANTS: dict[str, tuple[Path, Object]] = {
     "production": (PRODUCTION, {}),
-    "evaluation": (EVALUATION, {**_API_SERVER, "tests": {"enabled": True}}),
+    "evaluation": (EVALUATION, {**_API_SERVER, "tests": _TESTS}),
     "everything": (
         PRODUCTION,
         {
@@ -38,7 +42,7 @@ VARIANTS: dict[str, tuple[Path, Object]] = {
                 "ingress": {"enabled": True, "className": "nginx"},
                 "gateway": {"enabled": True, "parentRefs": [{"name": "public", "sectionName": "https"}]},
             },
-            "tests": {"enabled": True},
+            "tests": _TESTS,
             "keysvc": {
                 "audit": {"destination": "s3://audit/all", "credentialsSecret": "audit"},
                 "limits": {"grant_ttl_s": 600, "backup_retention_s": 3024000},

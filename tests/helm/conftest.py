@@ -1,10 +1,12 @@
-"""Each variant of the chart, rendered once."""
+"""Each variant of the chart, rendered once, and an API server for them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
+from tests.helm.api_server import Cluster, running_cluster
 from tests.helm.chart import VARIANTS, Object, rendered
 
 
@@ -22,3 +24,10 @@ def variant(request: pytest.FixtureRequest) -> str:
 def objects(variant: str) -> list[Object]:
     """Every object of a variant."""
     return _once(variant)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real API server with the custom resources and the namespaces of the zones."""
+    with running_cluster(tmp_path_factory.mktemp("kubernetes")) as made:
+        yield made

@@ -10,6 +10,7 @@
 - {{ $name }}.{{ .Release.Namespace }}
 - {{ $name }}.{{ .Release.Namespace }}.svc
 - {{ $name }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}
+- localhost
 {{- end -}}
 
 {{/* Names in the certificate of Ray Serve: any serving cluster of the compute namespace. */}}

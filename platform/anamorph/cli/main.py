@@ -47,6 +47,7 @@ COMMANDS = {
     "key": Entry("Rotate, suspend, revoke, destroy key versions; make and show key files.", "key"),
     "policy": Entry("Show or change when keys are rotated.", "policy"),
     "audit-log": Entry("Show, export or verify a tenant's audit log.", "audit_log", "keysvc"),
+    "base": Entry("Copy a plaintext model into an object store; show its digest.", "base", "materialize"),
     "fold": Entry("Make an encrypted replica of a model.", "fold", "materialize"),
     "replica": Entry("Check a replica against its trust anchor.", "replica", "materialize"),
     "proxy": Entry("Serve the OpenAI API on this machine for an encrypted model.", "proxy", "client"),

@@ -126,8 +126,15 @@ def test_a_group_announces_what_its_pods_have() -> None:
     assert custom[0] == custom[-1] == "'"  # KubeRay hands it to a shell
     assert json.loads(custom[1:-1]) == {"accelerator_type:H100": 1, "anamorph_memory_mib": 78 * 1024}
     assert "resources" not in cpu["rayStartParams"]
-    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert limits == {"cpu": "7500m", "memory": "64Gi", "nvidia.com/gpu": "1"}
+    limits = {"memory": "64Gi", "nvidia.com/gpu": "1"}
+    found = gpu["template"]["spec"]["containers"][0]["resources"]
+    assert found == {"requests": {"cpu": "7500m", **limits}, "limits": limits}
+
+
+def test_ray_may_count_more_cpus_than_are_kept_for_it() -> None:
+    [made] = ray_cluster({"ray.workerGroups": [{"name": "small", "logicalCpus": 6}]})["workerGroupSpecs"]
+    assert made["rayStartParams"]["num-cpus"] == "6"
+    assert made["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "1"
 
 
 def test_a_group_goes_where_it_is_told() -> None:
@@ -187,7 +194,7 @@ def test_the_cache_has_a_bound_and_a_folder_in_its_volume() -> None:
         v for v in templates(ray_cluster({"cacheBytes": 10 * 2**30}))[0]["volumes"] if v["name"] == "cache"
     ]
     assert cached["emptyDir"] == {"sizeLimit": "20480Mi"}
-    assert cache(spec).folder == ray_volumes.CACHE
+    assert cache(spec).folder == f"{ray_volumes.CACHE}/replicas"  # the volume itself is the node's
     assert cache(spec).limit_bytes == 10 * 2**30
 
 

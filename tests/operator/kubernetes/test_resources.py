@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -147,6 +148,19 @@ CHANGES: dict[str, tuple[Kind, dict[str, Any], dict[str, Any], str]] = {
     ),
     "template": (ENCRYPTED_MODEL, {}, {"chatTemplateDigest": DIGEST}, "chatTemplateDigest"),
     "image": (SERVING_CLUSTER, {}, {"ray.image": "registry.example/compute:2"}, "image never changes"),
+    "head": (SERVING_CLUSTER, {}, {"ray.head.resources.memory": "9Gi"}, "make another ServingCluster"),
+    "what Ray stands on": (
+        SERVING_CLUSTER,
+        {},
+        {"ray.redis": {"address": "redis:6379"}},
+        "make another ServingCluster",
+    ),
+    "a group's pods": (
+        SERVING_CLUSTER,
+        {"ray.workerGroups": [{"name": "a"}, {"name": "gpu", "logicalCpus": 3}]},
+        {"ray.workerGroups": [{"name": "gpu", "logicalCpus": 4}, {"name": "a"}]},
+        "logicalCpus",
+    ),
     "storage": (SERVING_CLUSTER, {}, {"storage.uri": "s3://other"}, "storage.uri never changes"),
     "kind": (
         SERVING_CLUSTER,
@@ -271,9 +285,17 @@ def test_an_unbound_namespace_can_change_nothing(kubernetes: Kubernetes) -> None
     client.CoreV1Api(kubernetes.server.admin).patch_namespace(
         namespace, {"metadata": {"annotations": {TENANTS: "globex"}}}
     )
-    made["spec"]["contextLength"] = 4096
+
+    def change_again_and_again() -> None:
+        """The policy sees namespaces as they were a moment ago."""
+        found = made
+        for context in range(4096, 4196):
+            found["spec"]["contextLength"] = context
+            found = kubernetes.replace(ENCRYPTED_MODEL, namespace, found)
+            time.sleep(0.1)
+
     with pytest.raises(ApiException, match="is not bound to tenant acme"):
-        kubernetes.replace(ENCRYPTED_MODEL, namespace, made)
+        change_again_and_again()
     kubernetes.objects.delete_namespaced_custom_object(
         GROUP, VERSION, namespace, ENCRYPTED_MODEL.plural, "chat"
     )

@@ -29,7 +29,7 @@ def start_params(group: Group) -> dict[str, str]:
     resources, params = group.pod.resources, {}
     if group.head:
         params["dashboard-host"] = "0.0.0.0"  # noqa: S104 - other pods ask it, with Ray's token
-    params["num-cpus"] = _cpus(resources.cpu) if group.computes else "0"
+    params["num-cpus"] = str(group.pod.logical_cpus or _cpus(resources.cpu)) if group.computes else "0"
     params["num-gpus"] = str(resources.gpus) if group.computes else "0"
     custom = _custom_resources(group)
     if custom:
@@ -47,9 +47,9 @@ def _custom_resources(group: Group) -> dict[str, int]:
     return found
 
 
-def _cpus(quantity: str) -> str:
+def _cpus(quantity: str) -> int:
     """Whole CPUs, at least one: Ray counts none that are not whole."""
-    return str(max(1, int(parse_quantity(quantity))))
+    return max(1, int(parse_quantity(quantity)))
 
 
 def template(group: Group) -> Manifest:
@@ -114,10 +114,11 @@ def _env(group: Group) -> list[Manifest]:
 
 
 def _resources(resources: Resources) -> Manifest:
-    wanted = {"cpu": resources.cpu, "memory": resources.memory}
+    limits = {"memory": resources.memory}
     if resources.gpus:
-        wanted[resources.gpu_resource] = str(resources.gpus)
-    return {"requests": dict(wanted), "limits": dict(wanted)}
+        limits[resources.gpu_resource] = str(resources.gpus)
+    # A limit of CPUs would hold a process up that the node has time for.
+    return {"requests": {"cpu": resources.cpu, **limits}, "limits": limits}
 
 
 def _answers(group: Group) -> Manifest:

@@ -10,6 +10,8 @@ from anamorph_operator.kubernetes.build.ray_group import Group
 
 TMP = "/tmp"  # noqa: S108 - a volume of the pod's own
 CACHE = "/var/cache/anamorph"
+# The volume is the node's; engines take no cache that others own.
+REPLICAS = f"{CACHE}/replicas"
 TLS = "/etc/anamorph/tls"
 RAY_TLS, RAY_CA = "/etc/anamorph/ray-tls", "/etc/anamorph/ray-ca"
 _ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"

@@ -50,7 +50,7 @@ def workers(spec: ServingClusterSpec) -> bool:
 
 def cache(spec: ServingClusterSpec) -> Cache:
     """The replicas that a pod keeps: in its volume, where pods are ours."""
-    folder = None if spec.ray is None else ray_volumes.CACHE
+    folder = None if spec.ray is None else ray_volumes.REPLICAS
     return Cache(folder=folder, limit_bytes=spec.cache_bytes)
 
 

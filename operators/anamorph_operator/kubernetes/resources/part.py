@@ -42,6 +42,20 @@ def immutable(what: str) -> dict[str, Any]:
     return rules(rule("self == oldSelf", f"{what} never changes: make another object"))
 
 
+def unchanged(*fields: str, why: str) -> dict[str, str]:
+    """A rule of a part: these of its fields never change, nor come, nor go.
+
+    Args:
+        fields: names in the object.
+        why: what to do instead.
+    """
+    same = (
+        f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
+        for name in fields
+    )
+    return rule(" && ".join(same), f"{', '.join(fields)} never change: {why}")
+
+
 class Part(BaseModel):
     """Base of everything in a resource: immutable here, unknown fields refused, camel case outside."""
 

@@ -16,6 +16,7 @@ from anamorph_operator.kubernetes.resources.part import (
     immutable,
     rule,
     rules,
+    unchanged,
 )
 
 MOST_APPLICATIONS = 500
@@ -24,9 +25,10 @@ CONDITIONS = ("Ready", "CapacityLeft")
 
 
 class Resources(Part):
-    """What one pod of Ray asks for and may take: requests equal limits.
+    """What one pod of Ray asks for, and may take: no more memory and devices; CPUs that others leave.
 
     Args:
+        cpu: that no other pod takes away.
         gpus: whole devices of ``gpuResource``.
     """
 
@@ -47,6 +49,20 @@ class Toleration(Part):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
+# KubeRay would answer by a second cluster of full size beside the first, without our models' consent.
+_ANOTHER = "make another ServingCluster and move models to it"
+_PODS = unchanged(
+    "resources",
+    "logicalCpus",
+    "replicaMemory",
+    "accelerator",
+    "nodeSelector",
+    "tolerations",
+    "priorityClassName",
+    why=_ANOTHER,
+)
+
+
 class PodSpec(Part):
     """What the pods of a group have in common.
 
@@ -54,13 +70,18 @@ class PodSpec(Part):
         accelerator: Ray's name of the device type.
         replica_memory: what replicas may take in one pod, of its devices or, for engines on the CPU, of
             the host: announced to Ray, so that models are placed by it. If no pod says it, they are not.
+        logical_cpus: that Ray counts, of which a replica on the CPU takes one and a door a tenth; the
+            whole CPUs of ``resources`` if absent. More of them share the pod's CPUs.
     """
+
+    model_config = ConfigDict(json_schema_extra=rules(_PODS))
 
     resources: Resources = Resources()
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]{0,62}$", max_length=63)] | None = (
         None
     )
     replica_memory: Quantity | None = None
+    logical_cpus: Annotated[int, Field(ge=1, le=1024)] | None = None
     node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32)] = {}  # noqa: RUF012 - pydantic copies it
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
     priority_class_name: Annotated[str, Field(max_length=253)] | None = None
@@ -81,6 +102,7 @@ class WorkerGroup(PodSpec):
                 "maxReplicas must be at least replicas",
             ),
             rule("self.name != 'headgroup'", "headgroup is the head's own: choose another name"),
+            _PODS,
         )
     )
 
@@ -118,7 +140,8 @@ class RaySpec(Part):
             rule(
                 "!self.autoscaling || self.workerGroups.all(g, has(g.maxReplicas))",
                 "autoscaling needs maxReplicas in every worker group",
-            )
+            ),
+            unchanged("rayVersion", "tokenSecret", "redis", "autoscaling", why=_ANOTHER),
         )
     )
 
