@@ -1,8 +1,8 @@
 """The same world as in ``test_plan_properties``, as it is on Kubernetes: each part of it fails by itself.
 
-Jobs outlive the operator, are seen until their pods are gone, and vanish some time after they have ended. What
-is seen of them is older than what is seen of versions. Every action of a turn may fail while the next one
-is done, or may be done while its answer is lost.
+Jobs outlive the operator, are seen until their pods are gone, and vanish some time after they have ended.
+What is seen of them is older than what is seen of versions. Every action of a turn may fail while the next
+one is done, or may be done while its answer is lost.
 """
 
 from __future__ import annotations
