@@ -8,17 +8,18 @@ one is done, or may be done while its answer is lost.
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
+from hypothesis.stateful import precondition, rule
 from tests.operator.test_plan_properties import REACHED, World, artifact
 
 from anamorph.wire.states import State
 from anamorph_operator import actions as act
 from anamorph_operator.begin import Limits
 from anamorph_operator.plan import plan
-from anamorph_operator.state import Application, Check, Job, Ref
+from anamorph_operator.state import Application, AppStatus, Check, Job, Ref
 
 ENDS = st.sampled_from(["well", "crash"])
 IN_USE = (State.ACTIVE, State.DRAINING, State.SUSPENDED)
@@ -61,6 +62,32 @@ class Cluster(World):
     @rule()
     def ended_jobs_vanish(self) -> None:
         self.jobs = {ref: job for ref, job in self.jobs.items() if job.running}
+
+    # -- ways into what is deep -------------------------------------------------
+
+    @precondition(lambda self: len(self.versions) < 6)
+    @rule()
+    def a_rotation_goes_well(self) -> None:
+        self.ray_up = True
+        self.rotate()
+        self.things_go_well(6)
+
+    @precondition(lambda self: self.in_state(State.DRAINING))
+    @rule(status=st.sampled_from([AppStatus.UNHEALTHY, AppStatus.DEPLOYING]))
+    def the_successor_stops_answering(self, status: AppStatus) -> None:
+        """Past every deadline of what drains: then that is the only version that answers."""
+        for app in filter(None, map(self.app_of, self.in_state(State.ACTIVE))):
+            self.apps[app.name] = replace(app, status=status)
+        self.now += timedelta(seconds=40)
+
+    @precondition(lambda self: self.in_state(*IN_USE))
+    @rule()
+    def destroyed_while_ray_is_away(self) -> None:
+        """The key service goes on, and the application stands."""
+        self.ray_up = False
+        number = self.in_state(*IN_USE)[0]
+        self.move(number, State.COMPROMISED)
+        self.move(number, State.DESTROY_SCHEDULED, destroy_at=self.now)
 
     # -- turns ----------------------------------------------------------------
 
