@@ -10,6 +10,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+FROM_ELSEWHERE = "Images and charts"
+"""The one step that depends on where its reader is, and that a test does in its own way.
+
+It leaves values with our images in ``$WORK/images.yaml``, and KubeRay's chart in ``$WORK/kuberay-operator``.
+"""
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "kubernetes.md"
 _CHAPTER = re.compile(r"^## (?:(?P<number>\d+)\. )?(?P<title>.+)$")
 _FENCE = re.compile(r"^```(?P<language>\w*)")

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import pytest
 import typer
 import yaml
 from pydantic import ValidationError
-from tests.cluster.guide import PAGE, Block, blocks, step, walk
+from tests.cluster.guide import FROM_ELSEWHERE, PAGE, Block, blocks, step, walk
 from tests.cluster.shell import ScriptFailed, shell
+from tests.servers.find import binary
 
 from anamorph.cli.main import COMMANDS, load
 from anamorph_keysvc.main import cli as keysvc_cli
@@ -73,7 +75,7 @@ def calls(program: str) -> list[list[str]]:
     for block in everything():
         for words in commands(block.text):
             while words and (
-                re.match(r"[A-Z_]+=", words[0]) or words[0] in {"do", "then", "while", "until", "!"}
+                re.match(r"[A-Z0-9_]+=", words[0]) or words[0] in {"do", "then", "while", "until", "!"}
             ):
                 words = words[1:]
             if words and words[0] == program:
@@ -109,7 +111,7 @@ def test_the_walk_is_numbered() -> None:
     titles = [one.title for one in walk()]
     assert titles[0] == "The cluster"
     assert titles[-1] == "Uninstall"
-    assert {"Images and charts", "Encrypted models", "The first answer", "Rotate", "Revoke", "Delete"} < set(
+    assert {FROM_ELSEWHERE, "Encrypted models", "The first answer", "Rotate", "Revoke", "Delete"} < set(
         titles
     )
     assert all(one.script.strip() for one in walk())
@@ -136,9 +138,7 @@ def test_a_step_that_is_not_there() -> None:
         step("Unknown")
 
 
-@pytest.mark.parametrize(
-    "block", [one for one in everything() if one.language == "sh"], ids=lambda one: str(one.line)
-)
+@pytest.mark.parametrize("block", everything(), ids=lambda one: str(one.line))
 def test_shell_can_read_it(block: Block) -> None:
     """Every block of the page has bash's syntax."""
     done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
@@ -151,6 +151,38 @@ def test_anamorph_knows_the_command(words: list[str]) -> None:
     name, *rest = without_redirections(words)
     assert name in COMMANDS
     parse(load(name), name, [sample(word) for word in rest])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("program", ["kubectl", "helm"])
+def test_options_of_other_programs_exist(program: str) -> None:
+    """Each subcommand is one, and knows each option that it is given, as its own help says."""
+    for call in calls(program):
+        words = call[: call.index("--")] if "--" in call else call
+        options = [word.partition("=")[0] for word in words if re.match(r"-{1,2}[a-z]", word)]
+        known = help_of(program, subcommand(words))
+        assert [one for one in options if one not in known] == [], words
+
+
+NESTED = ("create secret generic", "create namespace", "rollout status", "rollout restart", "get values")
+
+
+def subcommand(words: list[str]) -> tuple[str, ...]:
+    """Its name: one word, or as many as a nested one has."""
+    plain = words[2:] if words[0] == "-n" else words
+    nested = (tuple(name.split()) for name in NESTED)
+    return next((name for name in nested if tuple(plain[: len(name)]) == name), (plain[0],))
+
+
+@cache
+def help_of(program: str, name: tuple[str, ...]) -> set[str]:
+    """Options that a subcommand has, those of all subcommands included."""
+    path = str(binary(program))
+    shown = [subprocess.run([path, *name, "--help"], capture_output=True, text=True, check=True).stdout]
+    assert f"{program} {' '.join(name)}" in shown[0], f"{program} has no {' '.join(name)}"
+    if program == "kubectl":
+        shown.append(subprocess.run([path, "options"], capture_output=True, text=True, check=True).stdout)
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", "\n".join(shown)))
 
 
 def test_commands_in_text_exist() -> None:
@@ -168,6 +200,9 @@ def test_commands_in_text_exist() -> None:
 
 def test_a_command_that_is_not_there_is_noticed() -> None:
     """So that the tests above say something."""
+    assert {words[0] for words in calls("anamorph")} == {"tenant", "base", "proxy", "key", "audit-log"}
+    assert len(calls("kubectl")) > 40
+    assert len(calls("helm")) > 10
     for words in (["rotate", "acme", "smol", "--hurry"], ["turn", "acme"], ["rotate", "acme"]):
         with pytest.raises(USAGE_ERROR):
             parse(load("key"), "key", words)
@@ -286,7 +321,7 @@ def test_values_files_are_valid(tmp_path: Path) -> None:
     [images] = [one for _, one in ALL if "images" in one]
     (tmp_path / "production.yaml").write_text(yaml.safe_dump(production))
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(images))
-    common = ["template", "anamorph", CHART, "-n", "anamorph", "--kube-version", KUBERNETES]
+    common: list[str | Path] = ["template", "anamorph", CHART, "-n", "anamorph", "--kube-version", KUBERNETES]
     common += ["--set", "networkPolicies.apiServer.cidrs={10.0.0.1/32}"]
     made = helm(*common, "-f", tmp_path / "production.yaml")
     assert "registry.example.com/anamorph/anamorph-keysvc:0.1.0" in made
