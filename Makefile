@@ -139,7 +139,7 @@ format: $(READY)  ## rewrite sources as lint wants them
 # Minutes on two quiet cores, about. vllm_overhead.py needs an environment of its own: make bench-vllm.
 BENCH := keys=1 memory=1 exactness=2 fold=1 cold_start=2 simulate=3 service_times=2 serving_path=4 sharding=3 \
   neighbours=3 load=2 keysvc_outage=2 keysvc_release=2 applications=4
-BENCH_LONG := slots=7 keysvc_scale=7 overhead=21 rotations=12 chaos=23
+BENCH_LONG := slots=7 keysvc_scale=7 overhead=21 rotations=12 chaos=23 kubernetes_objects=15
 SUM = $$(( 0$(foreach one,$(1), + $(lastword $(subst =, ,$(one)))) ))
 RUN_EACH = @echo "$(1): about $(call SUM,$(1)) minutes"; set -e; $(foreach one,$(1),\
 	  echo "== $(subst =,.py: about ,$(one)) min"; $(WITH_SERVERS) $(BIN)/python benchmarks/$(firstword $(subst =, ,$(one))).py $(ARGS);)
