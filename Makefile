@@ -23,7 +23,9 @@ PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python
 # PATH or ANAMORPH_TEST_BIN offers them, and tests whose server is missing say what to install.
 UNPACK := $(wildcard ../shared/bin/unpack)
 SERVERS := vault toxiproxy-server etcd kube-apiserver otelcol helm helm-docs helm-unittest kubectl
-WITH_SERVERS = $(if $(UNPACK),ANAMORPH_TEST_BIN="$${ANAMORPH_TEST_BIN:-$$("$(PYTHON)" $(UNPACK) $(SERVERS))}")
+KUBERAY := $(or $(ANAMORPH_TEST_KUBERAY),$(abspath $(wildcard ../shared/cluster/kuberay/kuberay-operator)))
+WITH_SERVERS = $(if $(UNPACK),ANAMORPH_TEST_BIN="$${ANAMORPH_TEST_BIN:-$$("$(PYTHON)" $(UNPACK) $(SERVERS))}") \
+	$(if $(KUBERAY),ANAMORPH_TEST_KUBERAY="$(KUBERAY)")
 
 # Every process of a test or demo imports large packages: compiled once, they load faster.
 unexport PYTHONDONTWRITEBYTECODE
@@ -101,14 +103,13 @@ test-chart: $(READY)  ## every check of the charts
 
 # What the evaluation profile takes from public registries, and KubeRay's operator, as one image of the tests.
 SERVERS_IMAGE := localhost/anamorph-test-servers:1
-KUBERAY ?= $(wildcard ../shared/cluster/kuberay/kuberay-operator)
 IN_CLUSTER = "$(PYTHON)" $(CLUSTER) exec
-CLUSTER_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" ANAMORPH_TEST_CLUSTER=1 ANAMORPH_TEST_KUBERAY="$(abspath $(KUBERAY))" \
+CLUSTER_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" ANAMORPH_TEST_CLUSTER=1 ANAMORPH_TEST_KUBERAY="$(KUBERAY)" \
 	ANAMORPH_TEST_ETCD="$${ANAMORPH_TEST_ETCD:-$(HOME)/.cache/anamorph/cluster/run/etcd}" \
 	$(BIN)/pytest -m cluster tests/cluster -x $(call REPORT,cluster) $(ARGS)
 
 # Where nothing that makes a cluster lies beside the checkout, KUBECONFIG names one that may be changed in any way,
-# with the images of tests/cluster/values.yaml on its nodes, and KUBERAY the folder of KubeRay's chart.
+# with the images of tests/cluster/values.yaml on its nodes, and ANAMORPH_TEST_KUBERAY the folder of KubeRay's chart.
 test-cluster: $(READY) $(if $(CLUSTER),images servers-image)  ## the guide and its faults on a real Kubernetes, about 25 min
 ifneq ($(CLUSTER),)
 	"$(PYTHON)" ../shared/bin/unpack helm kubectl >/dev/null

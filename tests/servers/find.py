@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = "ANAMORPH_TEST_BIN"
-KUBERAY_CRDS = "ANAMORPH_TEST_KUBERAY_CRDS"
+KUBERAY = "ANAMORPH_TEST_KUBERAY"
 DEBIAN = Path("/usr/lib/postgresql")
 RELEASE = "its project's release"
 # Which Debian package brings a program; all others come from their own projects' releases.
@@ -45,12 +45,12 @@ def binary(name: str) -> Path:
 def kuberay_definition(kind: str) -> Path:
     """The file that defines one of KubeRay's resources; the calling test is skipped where it is not given.
 
-    It lies in the folder ``crds`` of KubeRay's chart, which ANAMORPH_TEST_KUBERAY_CRDS names.
+    It lies in the folder ``crds`` of KubeRay's chart, whose folder ANAMORPH_TEST_KUBERAY names.
     """
-    folder = os.environ.get(KUBERAY_CRDS)
-    path = Path(folder or "") / f"ray.io_{kind}.yaml"
+    folder = os.environ.get(KUBERAY)
+    path = Path(folder or "") / "crds" / f"ray.io_{kind}.yaml"
     if not folder or not path.is_file():
-        pytest.skip(f"needs {path.name}: unpack KubeRay's chart, and name its folder crds in {KUBERAY_CRDS}")
+        pytest.skip(f"needs {path.name}: unpack KubeRay's chart, and name its folder in {KUBERAY}")
     return path
 
 
