@@ -104,7 +104,8 @@ test-chart: $(READY)  ## every check of the charts
 # What the evaluation profile takes from public registries, and KubeRay's operator, as one image of the tests.
 SERVERS_IMAGE := localhost/anamorph-test-servers:1
 IN_CLUSTER = "$(PYTHON)" $(CLUSTER) exec
-CLUSTER_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" ANAMORPH_TEST_CLUSTER=1 ANAMORPH_TEST_KUBERAY="$(KUBERAY)" \
+CLUSTER_TOOLS = $(if $(UNPACK),$$("$(PYTHON)" $(UNPACK) helm kubectl):)
+CLUSTER_TESTS = PATH="$(CURDIR)/$(BIN):$(CLUSTER_TOOLS)$$PATH" ANAMORPH_TEST_CLUSTER=1 ANAMORPH_TEST_KUBERAY="$(KUBERAY)" \
 	ANAMORPH_TEST_ETCD="$${ANAMORPH_TEST_ETCD:-$(HOME)/.cache/anamorph/cluster/run/etcd}" \
 	$(BIN)/pytest -m cluster tests/cluster -x $(call REPORT,cluster) $(ARGS)
 
@@ -112,7 +113,6 @@ CLUSTER_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" ANAMORPH_TEST_CLUSTER=1 ANAMORPH_
 # with the images of tests/cluster/values.yaml on its nodes, and ANAMORPH_TEST_KUBERAY the folder of KubeRay's chart.
 test-cluster: $(READY) $(if $(CLUSTER),images servers-image)  ## the guide and its faults on a real Kubernetes, about 25 min
 ifneq ($(CLUSTER),)
-	"$(PYTHON)" ../shared/bin/unpack helm kubectl >/dev/null
 	$(BIN)/python -c 'from anamorph.cli.smollm2 import fetch_smollm2; fetch_smollm2()'
 	@set -e; trap '"$(PYTHON)" $(CLUSTER) down' EXIT; "$(PYTHON)" $(CLUSTER) up; \
 	  "$(PYTHON)" $(CLUSTER) load $(SERVERS_IMAGE) $(foreach one,$(IMAGES),$(PREFIX)-$(one):$(TAG)); \
