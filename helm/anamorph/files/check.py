@@ -141,11 +141,15 @@ class Commands:
         if self._run("platform", "tenant", "show", self.tenant, check=False) is None:
             self._run("platform", "tenant", "create", self.tenant, "--display-name", "helm test")
             say(f"made tenant {self.tenant}")
-        for role in ("admin", "client"):
-            self._file(role).unlink(missing_ok=True)
-            options = ("--name", "helm-test", "--role", role, "--out", str(self._file(role)))
-            made = self._run("platform", "tenant", "api-key", "create", self.tenant, *options)
-            self._made.append(str((made or {})["id"]))
+        try:
+            for role in ("admin", "client"):
+                self._file(role).unlink(missing_ok=True)
+                options = ("--name", "helm-test", "--role", role, "--out", str(self._file(role)))
+                made = self._run("platform", "tenant", "api-key", "create", self.tenant, *options)
+                self._made.append(str((made or {})["id"]))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
