@@ -32,7 +32,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 REPORT = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-vllm bench-vllm images test-images chart test-chart lint format bench bench-long docs clean
+.PHONY: help setup demo test test-unit test-vllm bench-vllm images test-images chart test-chart test-cluster servers-image lint format bench bench-long docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -99,6 +99,33 @@ chart: $(READY)  ## write what the charts have of sources: CRDs, schema, dashboa
 test-chart: $(READY)  ## every check of the charts
 	$(WITH_SERVERS) $(BIN)/pytest tests/helm $(call REPORT,chart) $(ARGS)
 
+# What the evaluation profile takes from public registries, and KubeRay's operator, as one image of the tests.
+SERVERS_IMAGE := localhost/anamorph-test-servers:1
+KUBERAY ?= $(wildcard ../shared/cluster/kuberay/kuberay-operator)
+IN_CLUSTER = "$(PYTHON)" $(CLUSTER) exec
+CLUSTER_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" ANAMORPH_TEST_CLUSTER=1 ANAMORPH_TEST_KUBERAY="$(abspath $(KUBERAY))" \
+	ANAMORPH_TEST_ETCD="$${ANAMORPH_TEST_ETCD:-$(HOME)/.cache/anamorph/cluster/run/etcd}" \
+	$(BIN)/pytest -m cluster tests/cluster -x $(call REPORT,cluster) $(ARGS)
+
+# Where nothing that makes a cluster lies beside the checkout, KUBECONFIG names one that may be changed in any way,
+# with the images of tests/cluster/values.yaml on its nodes, and KUBERAY the folder of KubeRay's chart.
+test-cluster: $(READY) $(if $(CLUSTER),images servers-image)  ## the guide and its faults on a real Kubernetes, about 25 min
+ifneq ($(CLUSTER),)
+	"$(PYTHON)" ../shared/bin/unpack helm kubectl >/dev/null
+	$(BIN)/python -c 'from anamorph.cli.smollm2 import fetch_smollm2; fetch_smollm2()'
+	@set -e; trap '"$(PYTHON)" $(CLUSTER) down' EXIT; "$(PYTHON)" $(CLUSTER) up; \
+	  "$(PYTHON)" $(CLUSTER) load $(SERVERS_IMAGE) $(foreach one,$(IMAGES),$(PREFIX)-$(one):$(TAG)); \
+	  $(IN_CLUSTER) env $(CLUSTER_TESTS)
+else
+	$(CLUSTER_TESTS)
+endif
+
+servers-image: $(READY)
+	"$(PYTHON)" $(CLUSTER) base-image
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	  "$(PYTHON)" $(UNPACK) --to "$$folder" vault kuberay-operator >/dev/null; cp $(BIN)/weed "$$folder"; \
+	  $(BUILDER) -f tests/cluster/servers.Dockerfile -t $(SERVERS_IMAGE) --build-arg BASE=$(BASE) "$$folder"
+
 lint: $(READY)  ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -112,7 +139,7 @@ format: $(READY)  ## rewrite sources as lint wants them
 # Minutes on two quiet cores, about. vllm_overhead.py needs an environment of its own: make bench-vllm.
 BENCH := keys=1 memory=1 exactness=2 fold=1 cold_start=2 simulate=3 service_times=2 serving_path=4 sharding=3 \
   neighbours=3 load=2 keysvc_outage=2 keysvc_release=2 applications=4
-BENCH_LONG := slots=7 keysvc_scale=7 overhead=21 rotations=12 chaos=23
+BENCH_LONG := slots=7 keysvc_scale=7 overhead=21 rotations=12 chaos=23 kubernetes_objects=15
 SUM = $$(( 0$(foreach one,$(1), + $(lastword $(subst =, ,$(one)))) ))
 RUN_EACH = @echo "$(1): about $(call SUM,$(1)) minutes"; set -e; $(foreach one,$(1),\
 	  echo "== $(subst =,.py: about ,$(one)) min"; $(WITH_SERVERS) $(BIN)/python benchmarks/$(firstword $(subst =, ,$(one))).py $(ARGS);)

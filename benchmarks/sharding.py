@@ -66,10 +66,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its encrypted replica, what it answers in clear, and how it is laid out."""
+    """A model, its replica, a tiny one with its heads, what it answers in clear, and its layouts."""
 
     name: str
     replica: Path
+    small: Path
     vocab_size: int
     truth: list[int]
     layouts: Mapping[str, Mapping[str, int]]
@@ -154,22 +155,27 @@ class Bench:
         return f"{self.ray.dashboard_url}/api/serve/applications/"
 
 
-def toy(key: TenantKey, scratch: Path) -> Path:
-    """An encrypted replica that weighs nothing: what a process takes without weights."""
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 2}
-    sizes = {"vocab_size": 512, "hidden_size": 576, "intermediate_size": 96}
-    LlamaForCausalLM(LlamaConfig.from_dict({**sizes, **heads})).save_pretrained(scratch / "toy-base")
-    anamorph.fold(scratch / "toy-base", scratch / "toy", key)
-    return scratch / "toy"
+def toy(key: TenantKey, config: LlamaConfig, folder: Path) -> Path:
+    """A replica with a model's heads that weighs nothing: what a process takes without weights."""
+    heads = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+    }
+    LlamaForCausalLM(LlamaConfig.from_dict({**sizes, **heads})).save_pretrained(folder / "small")
+    anamorph.fold(folder / "small", folder / "small-replica", key)
+    return folder / "small-replica"
 
 
-def measure(bench: Bench, subject: Subject, small: Path, repeats: int) -> Iterator[Row]:
+def measure(bench: Bench, subject: Subject, repeats: int) -> Iterator[Row]:
     """One row for each layout; the first is the whole that shares are of."""
     image = bench.key.vocab_key().permutation(subject.vocab_size).tolist()
     plain = {moved: i for i, moved in enumerate(image)}
     prompt, whole = [image[i] for i in PROMPT], 0.0
     for name, layout in subject.layouts.items():
-        with bench.serving(small, **layout) as endpoint:
+        with bench.serving(subject.small, **layout) as endpoint:
             bench.stream(endpoint, PROMPT, 8)
             empty = bench.memory_mb()
         with bench.serving(subject.replica, **layout) as endpoint:
@@ -193,7 +199,8 @@ def subjects(scratch: Path, key: TenantKey, tokens: int) -> Iterator[Subject]:
         model.save_pretrained(folder)
         anamorph.fold(folder, folder / "replica", key)
         truth = model.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
-        yield Subject(name, folder / "replica", model.config.vocab_size, truth, layouts)
+        small = toy(key, model.config, folder)
+        yield Subject(name, folder / "replica", small, model.config.vocab_size, truth, layouts)
 
 
 def show(row: Row) -> None:
@@ -212,9 +219,9 @@ def run(scratch: Path, tokens: int, repeats: int) -> list[Row]:
     found = list(subjects(scratch, key, tokens))
     ray = start_ray(scratch / "ray", num_cpus=8)
     try:
-        bench, small = Bench(ray, key, Ed25519PrivateKey.generate()), toy(key, scratch)
+        bench = Bench(ray, key, Ed25519PrivateKey.generate())
         for subject in found:
-            for row in measure(bench, subject, small, repeats):
+            for row in measure(bench, subject, repeats):
                 rows.append(row)
                 show(row)
     finally:

@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.progress import Progress
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -88,7 +89,9 @@ def run(options: argparse.Namespace, scratch: Path, say: Console) -> OverheadRep
         served(hidden, scratch, issuer) as (_, ours),
         served(plaintext(base, options), scratch, issuer) as (_, plain),
         httpx.Client(timeout=120, trust_env=False) as http,
+        Progress(console=say) as bar,
     ):
+        pairs = bar.add_task("pairs", total=None)
         return measure(
             ours,
             plain,
@@ -98,6 +101,7 @@ def run(options: argparse.Namespace, scratch: Path, say: Console) -> OverheadRep
             pairs=options.pairs,
             prompt_tokens=options.prompt_tokens,
             output_tokens=options.output_tokens,
+            progress=lambda done, of: bar.update(pairs, completed=done, total=of),
         )
 
 

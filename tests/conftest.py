@@ -67,10 +67,14 @@ def pytest_configure() -> None:
 ALONE = ("checkpoint", "cli", "client", "docs", "pipeline", "serve", "system")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow and real tests of some folders get the machine to themselves."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow and real tests of some folders get the machine to themselves; a whole cluster is asked for."""
     here = Path(__file__).parent
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         if marks & {"slow", "real"} and item.path.relative_to(here).parts[0] in ALONE:
             item.add_marker(pytest.mark.alone)
+    if "cluster" not in (config.option.markexpr or ""):
+        theirs = [one for one in items if one.get_closest_marker("cluster")]
+        config.hook.pytest_deselected(items=theirs)
+        items[:] = [one for one in items if one not in theirs]

@@ -1,4 +1,4 @@
-"""Ray's dashboard and what it serves, for an operator that has nothing more to do: all that is written runs."""
+"""Ray's dashboard and what it serves, for an operator without work: all that is written runs."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ def publish(world: World, folder: Path, number: int, cluster: str, url: str) -> 
     Args:
         world: the key service.
         folder: with the store and the scratch folder.
-        number, cluster: of the object.
+        number: of the object.
+        cluster: that it lies on.
         url: where clients reach the cluster.
     """
     at = (tenant(number), MODEL)

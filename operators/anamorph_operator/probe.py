@@ -9,7 +9,6 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
 from datetime import datetime, timedelta
 
 import httpx
@@ -118,31 +117,26 @@ class Prober:
     ) -> dict[Ref, Usage]:
         """Readings of the versions that answer; one that does not is left out.
 
-        A few at a time: what the HTTP client does for each request grows with the number of those that wait. In
+        A few at a time: what the HTTP client does for each request grows with those that wait. In
         random order, so that those who do not answer never cost the same others their reading.
 
         Args:
             endpoint: ``http://host:port`` of Ray Serve.
             refs: versions to ask.
             timeout_s: longest wait for each.
-            within_s: longest wait for all.
+            within_s: after so long no further version is asked.
         """
-        found: dict[Ref, Usage] = {}
-        places = asyncio.Semaphore(_AT_ONCE)
+        places, now = asyncio.Semaphore(_AT_ONCE), asyncio.get_running_loop().time
+        end = now() + within_s
 
-        async def read(ref: Ref) -> None:
+        async def read(ref: Ref) -> Usage | None:
             async with places:
-                usage = await self._reading(endpoint, ref, timeout_s)
-            if usage is not None:
-                found[ref] = usage
+                return await self._reading(endpoint, ref, timeout_s) if now() < end else None
 
         asked = list(refs)
         random.shuffle(asked)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within_s), asyncio.TaskGroup() as readings:
-                for ref in asked:
-                    readings.create_task(read(ref))
-        return found
+        answers = await asyncio.gather(*(read(ref) for ref in asked))
+        return {ref: answer for ref, answer in zip(asked, answers, strict=True) if answer is not None}
 
     async def _reading(self, endpoint: str, ref: Ref, timeout_s: float) -> Usage | None:
         try:

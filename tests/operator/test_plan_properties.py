@@ -27,7 +27,7 @@ from anamorph.wire.admin import (
 from anamorph.wire.serving import DoorState, KeyState, PoolState, Usage
 from anamorph.wire.states import GONE, ONGOING, TRANSITIONS, State
 from anamorph_operator import actions as act
-from anamorph_operator.begin import EXIT_REFUSED
+from anamorph_operator.begin import EXIT_REFUSED, Limits
 from anamorph_operator.listing import standing
 from anamorph_operator.plan import plan
 from anamorph_operator.state import (
@@ -71,6 +71,8 @@ REACHED = AppStatus.RUNNING
 
 class World(RuleBasedStateMachine):
     """One model of one tenant, its key service, its Ray, its operator."""
+
+    limits = Limits()
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,10 +265,13 @@ class World(RuleBasedStateMachine):
 
     # -- the operator -------------------------------------------------------
 
+    def decide(self) -> list[act.Action]:
+        return plan(self.desired(), self.observed(), self.now, self.limits)
+
     @rule(done=st.integers(0, 8), late=st.booleans())
     def turn(self, done: int, late: bool = False) -> None:
         """One turn: it may be killed in between, and requests may come after it has looked."""
-        decided = plan(self.desired(), self.observed(), self.now)
+        decided = self.decide()
         for name in self.answering() if late else ():
             self.in_flight[name] = self.in_flight.get(name, 0) + 1
         for action in decided[:done]:
@@ -389,8 +394,8 @@ class World(RuleBasedStateMachine):
         assert len(self.in_state(State.ACTIVE)) <= 1
 
     @invariant()
-    def at_most_one_job(self) -> None:
-        assert sum(job.running for job in self.jobs.values()) <= 1
+    def no_more_jobs_than_allowed(self) -> None:
+        assert sum(job.running for job in self.jobs.values()) <= self.limits.parallel_jobs
 
     def teardown(self) -> None:
         """Left alone with everything working, it converges and then has nothing more to do."""
@@ -399,7 +404,7 @@ class World(RuleBasedStateMachine):
             self.things_go_well(1)
             self.in_flight.clear()
             self.now += timedelta(seconds=16)
-        assert plan(self.desired(), self.observed(), self.now) == []
+        assert self.decide() == []
         assert not self.in_state(*WAITING, State.DESTROY_SCHEDULED)
         served = self.in_state(State.ACTIVE, State.DRAINING, State.SUSPENDED)
         assert [n for n in self.versions if self.app_of(n)] == served

@@ -24,7 +24,7 @@ from anamorph.plan import Step
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PARTIAL = ".part"
-# A cache line. Engines compute on the mapped file: data across two lines costs 2 to 4 % of a step.
+# A cache line: on a CPU engines compute on the mapped file, and a value across two lines costs time.
 ALIGNED = 64
 
 

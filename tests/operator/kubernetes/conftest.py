@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from kubernetes import client
+from tests.keysvc.conftest import Clock, World, close_world, open_world
+from tests.keysvc.databases import SqliteFiles
 from tests.operator.kubernetes.objects import encrypted_model
+from tests.operator.kubernetes.scene import Scene, until
 from tests.servers.kube import ApiServer, running_apiserver
 
+from anamorph.wire.admin import TenantCreate
+from anamorph_keysvc.homes import Home, init
+from anamorph_keysvc.service import tenants
 from anamorph_operator.kubernetes.resources.admission import TENANTS, binding, policy
 from anamorph_operator.kubernetes.resources.definition import ENCRYPTED_MODEL, KINDS, Kind, definition
 from anamorph_operator.kubernetes.resources.part import GROUP, VERSION
 
 Object = dict[str, Any]
+Serve = Callable[[], None]
 
 
 @dataclass
@@ -95,3 +106,41 @@ def _await_policy(kubernetes: Kubernetes) -> None:
                 return
         time.sleep(0.1)
     raise RuntimeError("the admission policy did not come into force")
+
+
+@pytest.fixture
+def own_world(tmp_path: Path) -> Iterator[World]:
+    home = Home(tmp_path / "home")
+    init(home, Clock(), os.urandom)
+    world = open_world(SqliteFiles(), home)
+    world.do(tenants.create_tenant, TenantCreate(id="acme"))
+    yield world
+    close_world(world)
+
+
+@pytest.fixture
+def scene(kubernetes: Kubernetes, own_world: World, tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(kubernetes, own_world, tmp_path)
+    # With an event loop of its own: kopf cancels whatever else runs in its own when it ends.
+    operating = threading.Thread(target=lambda: asyncio.run(made.operate()))
+    operating.start()
+    yield made
+    made.stop.set()
+    operating.join()
+    made.clear()
+    made.client.close()
+
+
+@pytest.fixture
+def serve(scene: Scene) -> Serve:
+    """Bring the first version of a model into service."""
+
+    def serve() -> None:
+        scene.cluster()
+        scene.model()
+        until(lambda: scene.prepared(1), "a key")
+        until(lambda: scene.job_count() == 1, "a job")
+        scene.materialise(1)
+        until(lambda: scene.condition("Ready") == ("True", "Ready"), "ready")
+
+    return serve
