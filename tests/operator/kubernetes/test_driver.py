@@ -28,7 +28,8 @@ from anamorph.wire.keyservice import AsyncKeyService
 from anamorph.wire.serving import Usage
 from anamorph.wire.states import State
 from anamorph_keysvc.homes import Home, init
-from anamorph_keysvc.service import materialization, preparation, tenants
+from anamorph_keysvc.scope import PLATFORM
+from anamorph_keysvc.service import lookup, materialization, preparation, tenants
 from anamorph_operator.kubernetes.api import Api, Client, configuration, connection
 from anamorph_operator.kubernetes.build.ray_group import Compute
 from anamorph_operator.kubernetes.handlers import FINALIZER, operate
@@ -148,6 +149,11 @@ class Scene:
             {"metadata": {"annotations": {key: text}}},
         )
 
+    def readdress(self, url: str) -> None:
+        self.kubernetes.objects.patch_namespaced_custom_object(
+            GROUP, VERSION, self.compute, SERVING_CLUSTER.plural, "main", {"spec": {"publicUrl": url}}
+        )
+
     def delete(self, name: str = "chat") -> None:
         self.kubernetes.objects.delete_namespaced_custom_object(
             GROUP, VERSION, self.team, ENCRYPTED_MODEL.plural, name
@@ -242,6 +248,20 @@ def test_a_resource_becomes_a_served_model(scene: Scene, serve: Serve) -> None:
     assert found["status"]["activeVersion"] == 1
     assert found["status"]["endpoint"] == f"{SERVE}/acme/chat/v1"
     assert "annotations" not in found["metadata"]
+
+
+def test_a_cluster_s_new_address_reaches_what_it_serves(scene: Scene, serve: Serve) -> None:
+    """The status and the key service have it, without a rotation and without another write to Ray."""
+    serve()
+    written = list(scene.ray.written)
+    scene.readdress("https://models.example.com/")
+    told = "https://models.example.com/acme/chat/v1"
+    until(lambda: scene.read()["status"]["endpoint"] == told, "the status")
+    with scene.world.service.database.read(PLATFORM) as session:
+        assert lookup.version(session, "acme", "chat", 1).endpoint == told
+    assert scene.state(2) is None
+    assert scene.ray.written == written
+    assert scene.condition("Ready") == ("True", "Ready")
 
 
 def test_an_annotation_rotates_once(scene: Scene, serve: Serve) -> None:
