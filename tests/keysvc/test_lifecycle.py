@@ -70,6 +70,13 @@ LEADS: dict[str, dict[State, State]] = {
 }
 
 
+# What a call says, besides which version it means.
+BODIES = {
+    "activate": (Activation(endpoint="http://e"),),
+    "readdress": (Address(endpoint="https://new"),),
+}
+
+
 def call(world: World, verb: str, model: str = "chat", version: int = 1) -> Any:
     """Make one call, or take one of the longer steps of ``ROADS``."""
     at = ("acme", model, version)
@@ -82,10 +89,6 @@ def call(world: World, verb: str, model: str = "chat", version: int = 1) -> Any:
             return world.active("acme", model)
         case "wait":
             return world.clock.advance(40 * DAY)
-        case "activate":
-            return world.do(lifecycle.activate, *at, None, Activation(endpoint="http://e"))
-        case "readdress":
-            return world.do(lifecycle.readdress, *at, None, Address(endpoint="https://new"))
         case "materialize":
             return world.do(materialization.materialize, *at, None)
         case "fail":
@@ -96,7 +99,7 @@ def call(world: World, verb: str, model: str = "chat", version: int = 1) -> Any:
             return world.release_to_client(*at)
         case _:
             transition: Callable[..., Any] = getattr(lifecycle, verb)
-            return world.do(transition, *at, None)
+            return world.do(transition, *at, None, *BODIES.get(verb, ()))
 
 
 def operation(world: World, model: str = "chat", version: int = 1) -> Operation:
