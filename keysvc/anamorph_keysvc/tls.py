@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
 from pathlib import Path
 
 import uvicorn
 
 from anamorph.errors import SetupError
-
-_log = logging.getLogger(__name__)
-
-REFRESH_S = 60
-"""Seconds between two looks at the files."""
+from anamorph.wire.certificate import REFRESH_S, CertificateFiles
 
 
 class Certificate:
@@ -24,11 +19,10 @@ class Certificate:
     """
 
     def __init__(self, chain: Path, key: Path) -> None:
-        self._chain, self._key = chain, key
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            self._loaded = self._content()
-            self._context.load_cert_chain(chain, key)
+            self._files = CertificateFiles(chain, key)
+            self._files.load(self._context)
         except OSError as error:  # an ssl.SSLError is one, too
             raise SetupError(
                 f"{chain} and {key} are no certificate with its key, in PEM ({type(error).__name__})"
@@ -42,30 +36,11 @@ class Certificate:
         config.timeout_notify = REFRESH_S
 
     def refresh(self) -> bool:
-        """Load what has changed; new connections use it. Whether anything has been loaded.
-
-        Files that do not fit, such as those that are just being replaced, change nothing.
-        """
-        try:
-            content = self._content()
-            if content == self._loaded:
-                return False
-            # On the side first: a context that takes half of it would serve nobody.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._chain, self._key)
-            self._context.load_cert_chain(self._chain, self._key)
-        except OSError as error:
-            _log.warning("the certificate in %s cannot be loaded: %s", self._chain, type(error).__name__)
-            return False
-        self._loaded = content
-        _log.info("a new certificate is in use")
-        return True
+        """Load what has changed; new connections use it. Whether anything has been loaded."""
+        return self._files.renew(self._context)
 
     async def _notify(self) -> None:
         self.refresh()
-
-    def _content(self) -> bytes:
-        # Of the certificate alone: a new key comes with a new one, and no key is kept here.
-        return self._chain.read_bytes()
 
 
 def opened(chain: Path | None, key: Path | None) -> Certificate | None:

@@ -70,6 +70,14 @@ class Activate:
 
 
 @dataclass(frozen=True)
+class Readdress:
+    """Tell clients of a version that is served where it is reached by now."""
+
+    ref: Ref
+    endpoint: str
+
+
+@dataclass(frozen=True)
 class Retire:
     """End a drained version in the key service; its application goes afterwards."""
 
@@ -107,6 +115,7 @@ Action = (
     | Apply
     | Verify
     | Activate
+    | Readdress
     | Retire
     | DeleteReplica
     | Destroyed

@@ -24,6 +24,7 @@ from anamorph_operator.actions import (
     DeleteReplica,
     Destroyed,
     FailVersion,
+    Readdress,
     ReportUsage,
     Retire,
     Verify,
@@ -156,6 +157,14 @@ def _verified(view: _View) -> list[Action]:
     return [Verify(view.ref, view.endpoint, view.version.require_key_id(), artifact.probe)]
 
 
+def _readdressed(view: _View) -> list[Action]:
+    """Tell clients a new address of what is served; nothing of what is not, which may lie anywhere."""
+    said = view.version.endpoint
+    if said is None or not view.running or said.rstrip("/") == view.public_endpoint:
+        return []
+    return [Readdress(view.ref, view.public_endpoint)]
+
+
 def _draining(view: _View) -> list[Action]:
     """Retire after the deadline, once its successor answers and nothing is in flight.
 
@@ -193,7 +202,9 @@ _STEPS: dict[State, Callable[[_View], list[Action]]] = {
     State.PENDING: _materialising,
     State.MATERIALIZING: _materialising,
     State.STAGED: _staged,
-    State.DRAINING: _draining,
+    State.ACTIVE: _readdressed,
+    State.DRAINING: lambda view: [*_readdressed(view), *_draining(view)],
+    State.SUSPENDED: _readdressed,
     State.DESTROY_SCHEDULED: _destroying,
 }
 

@@ -21,7 +21,7 @@ from anamorph import errors
 from anamorph.replica import Store
 from anamorph.serve.cluster.placement import Node
 from anamorph.serve.cluster.sizing import Size, read_size
-from anamorph.wire.admin import Activation, Dtype, Failure, KeyVersionRead, ModelRead, UsageReport
+from anamorph.wire.admin import Activation, Address, Dtype, Failure, KeyVersionRead, ModelRead, UsageReport
 from anamorph.wire.keyservice import AsyncKeyService
 from anamorph.wire.serving import Cache, Usage
 from anamorph.wire.states import GONE, State
@@ -269,6 +269,7 @@ class Reconciler:
             act.Apply: lambda a: self._serve.write(a.applications),
             act.Verify: self._verify,
             act.Activate: lambda a: self._keys.activate(*_place(a.ref), Activation(endpoint=a.endpoint)),
+            act.Readdress: lambda a: self._keys.readdress(*_place(a.ref), Address(endpoint=a.endpoint)),
             act.Retire: lambda a: self._keys.retire(*_place(a.ref)),
             act.DeleteReplica: self._delete_replica,
             act.Destroyed: lambda a: self._keys.destroyed(*_place(a.ref)),

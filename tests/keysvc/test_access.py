@@ -60,6 +60,7 @@ WHO: dict[str, str] = {
     f"POST {KEY}:stage": "grant",
     f"POST {KEY}:fail": "platform grant",
     f"POST {KEY}:activate": "platform admin",
+    f"POST {KEY}:readdress": "platform",
     f"POST {KEY}:retire": "platform",
     f"POST {KEY}:destroyed": "platform",
     f"POST {KEY}:usage": "platform",
@@ -97,6 +98,7 @@ BODIES: dict[str, dict[str, object]] = {
     f"POST {KEY}:stage": ARTIFACT,
     f"POST {KEY}:fail": {"reason": "r"},
     f"POST {KEY}:activate": {"endpoint": "http://e"},
+    f"POST {KEY}:readdress": {"endpoint": "http://e"},
     f"POST {KEY}:usage": {"source": "s", "tokens": 1},
 }
 

@@ -37,6 +37,7 @@ SAMPLES: dict[str, Any] = {
     ),
     "failure": admin.Failure(reason="r"),
     "activation": admin.Activation(endpoint="http://e"),
+    "address": admin.Address(endpoint="http://e"),
     "body": admin.BackupCreate(taken_at=datetime(2030, 1, 1, tzinfo=UTC)),
     "report": admin.UsageReport(source="s", tokens=1),
 }

@@ -31,6 +31,7 @@ BODIES: list[tuple[str, str, str, dict[str, Any]]] = [
     ),
     ("admin", "POST", MODEL + "/keys/1:release", {"purpose": "client"}),
     ("admin", "POST", MODEL + "/keys/1:activate", {"endpoint": "http://e"}),
+    ("platform", "POST", MODEL + "/keys/1:readdress", {"endpoint": "http://e"}),
     ("platform", "POST", MODEL + "/keys/1:usage", {"source": "s", "tokens": 1}),
     ("grant", "POST", MODEL + "/keys/1:progress", {"phase": "p", "done": 0.5}),
     (

@@ -14,13 +14,20 @@ from sqlmodel import select
 
 from anamorph import errors
 from anamorph.keys import TenantKey
-from anamorph.wire.admin import Activation, Failure, KeyVersionRead, OperationStatus, RotationPolicyPatch
+from anamorph.wire.admin import (
+    Activation,
+    Address,
+    Failure,
+    KeyVersionRead,
+    OperationStatus,
+    RotationPolicyPatch,
+)
 from anamorph.wire.states import State
 from anamorph_keysvc.scope import PLATFORM
 from anamorph_keysvc.service import lifecycle, lookup, materialization, rotation, tenants
 from anamorph_keysvc.service.transition import move
 from anamorph_keysvc.service.work import Work
-from anamorph_keysvc.tables import KeyVersion, Operation
+from anamorph_keysvc.tables import Audit, KeyVersion, Operation
 
 if TYPE_CHECKING:
     from tests.keysvc.conftest import World
@@ -47,6 +54,7 @@ ROADS: dict[State, tuple[str, ...]] = {
 LEADS: dict[str, dict[State, State]] = {
     "materialize": {S.PENDING: S.MATERIALIZING, S.MATERIALIZING: S.MATERIALIZING},
     "activate": {S.STAGED: S.ACTIVE},
+    "readdress": {state: state for state in (S.ACTIVE, S.DRAINING, S.SUSPENDED)},
     "suspend": {S.ACTIVE: S.SUSPENDED, S.DRAINING: S.SUSPENDED},
     "resume": {S.SUSPENDED: S.ACTIVE},
     "retire": {S.DRAINING: S.RETIRED},
@@ -62,6 +70,13 @@ LEADS: dict[str, dict[State, State]] = {
 }
 
 
+# What a call says, besides which version it means.
+BODIES = {
+    "activate": (Activation(endpoint="http://e"),),
+    "readdress": (Address(endpoint="https://new"),),
+}
+
+
 def call(world: World, verb: str, model: str = "chat", version: int = 1) -> Any:
     """Make one call, or take one of the longer steps of ``ROADS``."""
     at = ("acme", model, version)
@@ -74,8 +89,6 @@ def call(world: World, verb: str, model: str = "chat", version: int = 1) -> Any:
             return world.active("acme", model)
         case "wait":
             return world.clock.advance(40 * DAY)
-        case "activate":
-            return world.do(lifecycle.activate, *at, None, Activation(endpoint="http://e"))
         case "materialize":
             return world.do(materialization.materialize, *at, None)
         case "fail":
@@ -86,7 +99,7 @@ def call(world: World, verb: str, model: str = "chat", version: int = 1) -> Any:
             return world.release_to_client(*at)
         case _:
             transition: Callable[..., Any] = getattr(lifecycle, verb)
-            return world.do(transition, *at, None)
+            return world.do(transition, *at, None, *BODIES.get(verb, ()))
 
 
 def operation(world: World, model: str = "chat", version: int = 1) -> Operation:
@@ -133,6 +146,32 @@ def test_activation_drains_the_previous_version_for_the_grace(world: World) -> N
     assert old.drain_until == world.clock.now + timedelta(seconds=world.policy.grace_s)
     assert new.activated_at == world.clock.now
     assert operation(world, version=2).status is OperationStatus.SUCCEEDED
+
+
+def audited(world: World, action: str) -> list[Audit]:
+    with world.service.database.read(PLATFORM) as session:
+        return list(session.exec(select(Audit).where(Audit.action == action)))
+
+
+def test_a_new_address_is_told_at_once_and_audited_once(world: World) -> None:
+    """The same again is no change; whoever read the version before is told that it has changed since."""
+    bring(world, S.ACTIVE)
+    before = read(world)
+    assert call(world, "readdress").endpoint == "https://new"
+    after = call(world, "readdress")
+    assert after == read(world)
+    assert after == before.model_copy(
+        update={
+            "endpoint": "https://new",
+            "row_version": before.row_version + 1,
+            "updated_at": world.clock.now,
+        }
+    )
+    [row] = audited(world, "readdress")
+    assert (row.subject, row.detail) == ("chat/keys/1", {"endpoint": "https://new", "former": "http://e"})
+    stale = Address(endpoint="https://newer")
+    with pytest.raises(errors.PreconditionFailed):
+        world.do(lifecycle.readdress, *AT, 1, before.row_version, stale)
 
 
 def test_a_failed_materialisation_leaves_the_active_version_alone(world: World) -> None:

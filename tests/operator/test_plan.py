@@ -18,6 +18,7 @@ from anamorph_operator.actions import (
     DeleteReplica,
     Destroyed,
     FailVersion,
+    Readdress,
     ReportUsage,
     Retire,
     StartJob,
@@ -168,6 +169,33 @@ def test_staged_is_deployed_then_verified_then_activated(
     assert plan(want, up, now) == [Verify(ref(1), endpoint, staged.require_key_id(), staged.artifact.probe)]
     verified = replace(up, checks={ref(1): Check(Outcome.EQUAL, 1, now)})
     assert plan(want, verified, now) == [Activate(ref(1), endpoint)]
+
+
+OLD = "https://old.example.com/acme/smol/v1"
+
+
+@pytest.mark.parametrize("state", [State.ACTIVE, State.DRAINING, State.SUSPENDED])
+def test_a_new_address_is_told_of_what_is_served(
+    desired: Want, version: Build, now: datetime, ref: RefOf, state: State
+) -> None:
+    """Without a rotation, and once: told, there is nothing more to do."""
+    url = "https://new.example.com"
+    want = desired(version(1, state, endpoint=OLD), public_url=url + "/")
+    seen = standing(want, now)
+    assert plan(want, seen, now) == [Readdress(ref(1), f"{url}/acme/smol/v1")]
+    for said in (url, url + "/"):
+        told = desired(version(1, state, endpoint=f"{said.rstrip('/')}/acme/smol/v1"), public_url=said)
+        assert plan(told, seen, now) == []
+
+
+@pytest.mark.parametrize("state", [State.ACTIVE, State.DRAINING])
+def test_an_address_is_not_told_of_what_does_not_answer_there(
+    desired: Want, version: Build, now: datetime, empty: Observed, state: State
+) -> None:
+    """Its application is not up yet, or the cluster is away."""
+    want = desired(version(1, state, endpoint=OLD), public_url="https://new.example.com")
+    for seen in (empty, standing(want, now, AppStatus.DEPLOYING), Observed(deployed=None)):
+        assert others(plan(want, seen, now)) == []
 
 
 def test_a_replica_that_answers_otherwise_is_given_up(

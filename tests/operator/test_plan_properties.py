@@ -84,6 +84,7 @@ class World(RuleBasedStateMachine):
         self.serving = DEDICATED
         self.ray_up = True
         self.context_length = 64
+        self.public_url = "http://one"
         self.restart_operator()
 
     # -- what the plan sees -------------------------------------------------
@@ -125,6 +126,7 @@ class World(RuleBasedStateMachine):
             "http://serve",
             baselines=(Baseline("smol", "/bases/smol", 64),),
             allow_base=("/bases",),
+            public_url=self.public_url,
         )
 
     def observed(self) -> Observed:
@@ -252,6 +254,10 @@ class World(RuleBasedStateMachine):
         self.context_length = context_length
         self.serving = serving or self.serving
 
+    @rule(url=st.sampled_from(["http://one", "http://two/"]))
+    def address_changes(self, url: str) -> None:
+        self.public_url = url
+
     @rule()
     def ray_starts_afresh(self) -> None:
         self.apps.clear()
@@ -305,8 +311,10 @@ class World(RuleBasedStateMachine):
                 former_check = self.checks.get(ref)
                 attempts = former_check.attempts + 1 if former_check else 1
                 self.checks[ref] = Check(Outcome.RUNNING, attempts, self.now)
-            case act.Activate(ref):
-                self.activate(ref)
+            case act.Activate(ref, endpoint):
+                self.activate(ref, endpoint)
+            case act.Readdress(ref, endpoint):
+                self.readdress(ref, endpoint)
             case act.Retire(ref):
                 self.retire(ref)
             case act.DeleteReplica(ref):
@@ -368,14 +376,21 @@ class World(RuleBasedStateMachine):
             gone = routes.get(number, "gone" if number <= up_to else "unknown") == "gone"
             assert gone == (version.state in GONE | {State.FAILED}), "410 for exactly what has ended"
 
-    def activate(self, ref: Ref) -> None:
+    def readdress(self, ref: Ref, endpoint: str) -> None:
+        version = self.versions[ref.version]
+        assert version.state in {State.ACTIVE, State.DRAINING, State.SUSPENDED}
+        assert version.endpoint != endpoint
+        assert self.app_of(ref.version) is not None, "told where nothing stands"
+        self.versions[ref.version] = version.model_copy(update={"endpoint": endpoint})
+
+    def activate(self, ref: Ref, endpoint: str) -> None:
         app = self.app_of(ref.version)
         assert app is not None
         assert app.status is REACHED
         assert all(ref.version > number for number in self.in_state(State.ACTIVE))
         for number in self.in_state(State.ACTIVE):
             self.move(number, State.DRAINING, drain_until=self.now + timedelta(seconds=20))
-        self.move(ref.version, State.ACTIVE, activated_at=self.now)
+        self.move(ref.version, State.ACTIVE, activated_at=self.now, endpoint=endpoint)
 
     def retire(self, ref: Ref) -> None:
         deadline = self.versions[ref.version].drain_until
@@ -408,6 +423,9 @@ class World(RuleBasedStateMachine):
         assert not self.in_state(*WAITING, State.DESTROY_SCHEDULED)
         served = self.in_state(State.ACTIVE, State.DRAINING, State.SUSPENDED)
         assert [n for n in self.versions if self.app_of(n)] == served
+        for number in served:
+            url = self.public_url.rstrip("/")
+            assert self.versions[number].endpoint == f"{url}/acme/smol/v{number}"
         own = {Ref("acme", "smol", n).served_by(self.issued_as(n)) for n in served}
         assert self.apps.keys() == {"door", "plaintext.smol.v0"} | own
         if self.in_state(State.ACTIVE):

@@ -57,6 +57,12 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- end -}}
 {{- end -}}
 
+{{/* Image of the chart's own serving cluster: of one that is there never another, as it cannot change. */}}
+{{- define "anamorph.rayImage" -}}
+{{- $kept := lookup "anamorph.dev/v1alpha1" "ServingCluster" .Values.namespaces.compute.name .Values.servingCluster.name -}}
+{{- dig "spec" "ray" "image" "" $kept | default (include "anamorph.image" (list . .Values.images.compute)) -}}
+{{- end -}}
+
 {{/* URL of the key service, for everybody in the cluster. */}}
 {{- define "anamorph.keysvcUrl" -}}
 https://{{ include "anamorph.name" (list . "keysvc") }}.{{ .Release.Namespace }}.svc:{{ .Values.keysvc.service.port }}

@@ -9,6 +9,7 @@ from anamorph import errors
 from anamorph.wire import sealed
 from anamorph.wire.admin import (
     Activation,
+    Address,
     Failure,
     GrantCreate,
     GrantRead,
@@ -104,6 +105,12 @@ def restore(_: Admin, at: At, do: Do, response: Response) -> KeyVersionRead:
 def activate(_: PlatformOrAdmin, at: At, body: Activation, do: Do, response: Response) -> KeyVersionRead:
     """STAGED to ACTIVE, the previous ACTIVE version to DRAINING."""
     return do.version(response, lambda work: lifecycle.activate(work, *at, do.expected, body))
+
+
+@router.post("/{version:int}:readdress")
+def readdress(_: Platform, at: At, body: Address, do: Do, response: Response) -> KeyVersionRead:
+    """Where clients reach an ACTIVE, DRAINING or SUSPENDED version, from now on; its state stays."""
+    return do.version(response, lambda work: lifecycle.readdress(work, *at, do.expected, body))
 
 
 @router.post("/{version:int}:retire")

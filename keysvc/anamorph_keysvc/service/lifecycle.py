@@ -6,10 +6,10 @@ import math
 from datetime import datetime, timedelta
 
 from anamorph import errors
-from anamorph.wire.admin import Activation, KeyVersionRead, OperationStatus
-from anamorph.wire.states import State
+from anamorph.wire.admin import Activation, Address, KeyVersionRead, OperationStatus
+from anamorph.wire.states import SERVABLE, State
 from anamorph_keysvc.service import lookup, rotation, schedule, shredding
-from anamorph_keysvc.service.transition import move, require, subject, wrong_state
+from anamorph_keysvc.service.transition import change, move, require, subject, wrong_state
 from anamorph_keysvc.service.work import Work
 from anamorph_keysvc.tables import KeyVersion
 
@@ -47,6 +47,24 @@ def activate(
         **schedule.of(work.entropy, lookup.policy_of(owner), work.now),
     )
     rotation.end(work, row, OperationStatus.SUCCEEDED)
+    return lookup.version_read(row)
+
+
+def readdress(
+    work: Work, tenant: str, model: str, version: int, expected: int | None, body: Address
+) -> KeyVersionRead:
+    """Where clients reach a version that has been activated; the address that it has changes nothing.
+
+    Raises:
+        Conflict: not ACTIVE, DRAINING or SUSPENDED. One that is STAGED gets its address with its activation.
+    """
+    row = _load(work, tenant, model, version, expected)
+    if row.state not in SERVABLE - {State.STAGED}:
+        raise wrong_state(row, "readdress")
+    if row.endpoint != body.endpoint:
+        former = row.endpoint
+        change(work, row, endpoint=body.endpoint)
+        work.record(row.tenant, "readdress", subject(row), endpoint=body.endpoint, former=former)
     return lookup.version_read(row)
 
 

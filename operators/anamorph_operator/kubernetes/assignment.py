@@ -1,7 +1,8 @@
 """Which cluster a version lies on, which models one reconciler keeps, and for which there is no room.
 
-A version lies where its endpoint says; before it has one, where the status of its resource says, and
-before that where the resource wants it. So a model that moves keeps its old versions where they are.
+A version lies where the status of its resource says, which saw it first; without a status of it, where
+its endpoint says, and before it has one, where the resource wants it. So a model that moves keeps its old
+versions where they are, and a cluster may get another address, also one that was another's.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ Places = Mapping[str, str]
 
 def place(resource: EncryptedModel, version: KeyVersionRead, places: Places) -> str:
     """Name of the cluster that a version lies on."""
+    kept = next(
+        (one.serving_cluster for one in resource.status.versions if one.version == version.version), None
+    )
+    if kept in places:
+        return kept
     if version.endpoint is not None:
         route = route_prefix(version.tenant, version.model, version.version)
         said = version.endpoint.rstrip("/").removesuffix(route)
         found = [name for name, url in places.items() if url.rstrip("/") == said]
         if len(found) == 1:
             return found[0]
-    kept = (one.serving_cluster for one in resource.status.versions if one.version == version.version)
-    return next(kept, None) or resource.spec.serving_cluster
+    return kept or resource.spec.serving_cluster
 
 
 @dataclass(frozen=True)

@@ -412,6 +412,12 @@ class Activation(Message):
     endpoint: str = Field(min_length=1, max_length=2000)
 
 
+class Address(Message):
+    """Where clients reach a version that is served already."""
+
+    endpoint: str = Field(min_length=1, max_length=2000)
+
+
 def _recipient_for_pydantic(value: str) -> str:
     try:
         check_recipient(value)

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from anamorph.wire import calls
 from anamorph.wire.admin import (
     Activation,
+    Address,
     ApiKeyCreate,
     ApiKeyRead,
     ApiKeySecret,
@@ -294,6 +295,12 @@ class KeyService:
                 activation,
                 if_match=if_match,
             )
+        )
+
+    def readdress(self, tenant: str, model: str, version: int, address: Address) -> KeyVersionRead:
+        """Say where clients reach a version that is ACTIVE, DRAINING or SUSPENDED; its state stays."""
+        return self._send(
+            calls.on_version(tenant, model, version, "readdress", KeyVersionRead, address, repeatable=True)
         )
 
     def report_usage(self, tenant: str, model: str, version: int, report: UsageReport) -> KeyVersionRead:

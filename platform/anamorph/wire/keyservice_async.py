@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from anamorph.wire import calls
 from anamorph.wire.admin import (
     Activation,
+    Address,
     ApiKeyCreate,
     ApiKeyRead,
     ApiKeySecret,
@@ -245,6 +246,11 @@ class AsyncKeyService:
                 activation,
                 if_match=if_match,
             )
+        )
+
+    async def readdress(self, tenant: str, model: str, version: int, address: Address) -> KeyVersionRead:
+        return await self._send(
+            calls.on_version(tenant, model, version, "readdress", KeyVersionRead, address, repeatable=True)
         )
 
     async def report_usage(

@@ -131,6 +131,12 @@ class Scene:
         at = (GROUP, VERSION, self.team, ENCRYPTED_MODEL.plural, name)
         self.kubernetes.objects.patch_namespaced_custom_object(*at, {"spec": spec})
 
+    def readdress(self, url: str) -> None:
+        """Where clients are to reach the cluster from now on."""
+        self.kubernetes.objects.patch_namespaced_custom_object(
+            GROUP, VERSION, self.compute, SERVING_CLUSTER.plural, "main", {"spec": {"publicUrl": url}}
+        )
+
     def read(self, name: str = "chat") -> Object:
         found = self.kubernetes.objects.get_namespaced_custom_object(
             GROUP, VERSION, self.team, ENCRYPTED_MODEL.plural, name

@@ -58,13 +58,15 @@ def made(day: int, name: str, **changes: Any) -> EncryptedModel:
         (None, (), "main"),
         (None, ("next",), "next"),
         (endpoint("next"), (), "next"),
-        (endpoint("next") + "/", ("main",), "next"),
+        (endpoint("next") + "/", (), "next"),
+        (endpoint("next"), ("main",), "main"),
+        (endpoint("next"), ("gone",), "next"),
         ("https://gone.example.com/acme/chat/v1", ("next",), "next"),
         ("https://gone.example.com/acme/chat/v1", (), "main"),
         (endpoint("next", 2), (), "main"),
     ],
 )
-def test_a_version_lies_where_its_endpoint_says_then_its_status_then_its_spec(
+def test_a_version_lies_where_its_status_says_then_its_endpoint_then_its_spec(
     said: str | None, status: tuple[str, ...], expected: str
 ) -> None:
     one = version(1, State.STAGED, endpoint=said)
@@ -75,6 +77,17 @@ def test_clusters_under_one_url_are_told_apart_by_the_status() -> None:
     both = {"main": "https://one.example.com", "next": "https://one.example.com/"}
     one = version(1, State.ACTIVE, endpoint="https://one.example.com/acme/chat/v1")
     assert place(seen(resource(), "next"), one, both) == "next"
+
+
+def test_clusters_that_swap_their_addresses_keep_their_versions() -> None:
+    """Until it has been told anew, a version's endpoint names the other cluster."""
+    swapped = {"main": PLACES["next"], "next": PLACES["main"]}
+    of = seen(resource(), "main")
+    one = version(1, State.ACTIVE, endpoint=endpoint("main"))
+    kept = [
+        assign(cluster, [of], [one], swapped).select((record(of),), (one,))[1] for cluster in (MAIN, NEXT)
+    ]
+    assert kept == [(one,), ()]
 
 
 def test_a_model_that_moves_keeps_its_old_version_where_it_is() -> None:

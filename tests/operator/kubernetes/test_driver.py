@@ -9,6 +9,8 @@ from tests.operator.kubernetes.conftest import Serve
 from tests.operator.kubernetes.scene import SERVE, Scene, until
 
 from anamorph.wire.states import State
+from anamorph_keysvc.scope import PLATFORM
+from anamorph_keysvc.service import lookup
 from anamorph_operator.kubernetes.handlers import FINALIZER
 from anamorph_operator.kubernetes.resources.admission import TENANTS
 from anamorph_operator.kubernetes.resources.objects import FORCE_DELETE, ROTATE
@@ -25,6 +27,20 @@ def test_a_resource_becomes_a_served_model(scene: Scene, serve: Serve) -> None:
     assert found["status"]["activeVersion"] == 1
     assert found["status"]["endpoint"] == f"{SERVE}/acme/chat/v1"
     assert "annotations" not in found["metadata"]
+
+
+def test_a_cluster_s_new_address_reaches_what_it_serves(scene: Scene, serve: Serve) -> None:
+    """The status and the key service have it, without a rotation and without another write to Ray."""
+    serve()
+    written = list(scene.ray.written)
+    scene.readdress("https://models.example.com/")
+    told = "https://models.example.com/acme/chat/v1"
+    until(lambda: scene.read()["status"]["endpoint"] == told, "the status")
+    with scene.world.service.database.read(PLATFORM) as session:
+        assert lookup.version(session, "acme", "chat", 1).endpoint == told
+    assert scene.state(2) is None
+    assert scene.ray.written == written
+    assert scene.condition("Ready") == ("True", "Ready")
 
 
 def test_an_annotation_rotates_once(scene: Scene, serve: Serve) -> None:

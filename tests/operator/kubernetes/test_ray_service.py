@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.operator.kubernetes.manifests import ALL, COMPUTE, SCALING, SECURED, cluster
 
+from anamorph.serve.cluster.renewal import FOLDER
 from anamorph.wire.serving import DoorState, EngineSettings, KeyState
 from anamorph_operator.kubernetes.build import ray_volumes
 from anamorph_operator.kubernetes.build.ray_group import Compute
@@ -172,7 +173,14 @@ def test_serve_answers_by_https_where_a_certificate_is_given() -> None:
 def test_the_files_of_https_are_mounted() -> None:
     options = json.loads(serve_config(cluster(), SECURED, FIRST))["http_options"]
     paths = {m["mountPath"] for m in templates(ray_cluster({}, SECURED))[0]["containers"][0]["volumeMounts"]}
-    assert {options["ssl_certfile"].rpartition("/")[0], ray_volumes.CACHE, "/tmp"} <= paths
+    folder = options["ssl_certfile"].rpartition("/")[0]
+    assert {folder, ray_volumes.CACHE, "/tmp"} <= paths
+    # Mounted as a whole, a renewed one comes into the pod, and the proxy is told where to look for it.
+    for spec in templates(ray_cluster(ALL, SECURED)):
+        [ray] = spec["containers"][:1]
+        assert {"name": FOLDER, "value": folder} in ray["env"]
+        assert all("subPath" not in mount for mount in ray["volumeMounts"])
+    assert FOLDER not in {one["name"] for one in templates(ray_cluster({}))[0]["containers"][0]["env"]}
 
 
 def test_each_pod_makes_its_own_certificate_for_rays_traffic() -> None:

@@ -107,6 +107,7 @@ def _env(group: Group) -> list[Manifest]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **({} if group.compute.tls_secret is None else {"ANAMORPH_SERVE_TLS": ray_volumes.TLS}),
         **ray_volumes.tls_env(group),
         **group.compute.env,
     }

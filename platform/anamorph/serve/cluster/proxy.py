@@ -2,11 +2,14 @@
 
 When a replica is dead, restarting or slow, the proxy answers by itself, in plain
 text. ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=anamorph.serve.cluster.proxy:middlewares``
-(set by ``local``) puts this in front of it. An error answer of ours is JSON; one
-that is not comes from Ray and is replaced.
+(set by ``local``, and in Ray's pods) puts this in front of it. An error answer of ours is JSON; one
+that is not comes from Ray and is replaced. Where Serve uses TLS, a renewed certificate is taken over.
 """
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -14,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anamorph import errors
 from anamorph.serve.asgi.answers import not_found, refusal
+from anamorph.serve.cluster.renewal import FOLDER, Renewal
 
 # Ray's own health and routes pages.
 _INTERNAL = "/-/"
@@ -22,7 +26,10 @@ _RETRY_AFTER_S = 1
 
 def middlewares() -> list[Middleware]:
     """What Ray's proxy asks for, by the environment variable above."""
-    return [Middleware(OpenAIShape)]
+    folder = os.environ.get(FOLDER)
+    renewing = [] if folder is None else [Middleware(Renewal, folder=Path(folder))]
+    # The last is asked first, with what the server itself gives to send with.
+    return [Middleware(OpenAIShape), *renewing]
 
 
 class OpenAIShape:
