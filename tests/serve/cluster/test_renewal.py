@@ -44,7 +44,6 @@ def put(folder: Path) -> str:
 @contextmanager
 def serving(app: ASGIApp, folder: Path, http: str) -> Iterator[int]:
     """What ``start_asgi_http_server`` of Ray does, on a port of ours."""
-    files = {"ssl_certfile": folder / "tls.crt", "ssl_keyfile": folder / "tls.key"}
     config = uvicorn.Config(
         lambda: app,
         factory=True,
@@ -53,7 +52,8 @@ def serving(app: ASGIApp, folder: Path, http: str) -> Iterator[int]:
         http=http,
         lifespan="off",
         log_config=None,
-        **files,
+        ssl_certfile=folder / "tls.crt",
+        ssl_keyfile=folder / "tls.key",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -117,4 +117,4 @@ def test_rays_proxy_looks_where_the_variable_says(tmp_path: Path, monkeypatch: p
     last = middlewares()[-1]
     assert (last.cls, last.kwargs) == (Renewal, {"folder": tmp_path})
     put(tmp_path)
-    Renewal(answer, **last.kwargs)
+    Renewal(answer, folder=tmp_path)
