@@ -22,7 +22,8 @@ from anamorph.wire.keyservice import KeyService
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 UPGRADE = (
     "helm upgrade anamorph helm/anamorph -n anamorph --timeout 10m -f helm/anamorph/values-evaluation.yaml "
-    '-f "$WORK/images.yaml" --set servingCluster.spec.publicUrl=https://127.0.0.1:8000 --set tests.enabled=true'
+    '-f "$WORK/images.yaml" --set servingCluster.spec.publicUrl=https://127.0.0.1:8000 '
+    "--set tests.enabled=true"
 )
 ACME, GLOBEX = "team-acme", "team-globex"
 # Seconds until a rotation must have come to its end on a machine with two cores.
