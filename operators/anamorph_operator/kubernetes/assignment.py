@@ -32,7 +32,7 @@ def place(resource: EncryptedModel, version: KeyVersionRead, places: Places) -> 
     kept = next(
         (one.serving_cluster for one in resource.status.versions if one.version == version.version), None
     )
-    if kept in places:
+    if kept is not None and kept in places:
         return kept
     if version.endpoint is not None:
         route = route_prefix(version.tenant, version.model, version.version)
