@@ -20,6 +20,7 @@ VIOLATIONS = {
     "platform/anamorph/serve/slots/__init__.py": "import anamorph.serve.door",
     "keysvc/anamorph_keysvc/__init__.py": "import anamorph.plan",
     "operators/anamorph_operator/__init__.py": "import anamorph.client",
+    "operators/anamorph_operator/reconciler.py": "import anamorph_operator.kubernetes.api, kopf, kubernetes",
 }
 
 
@@ -61,7 +62,7 @@ def test_contracts_can_fail(root: Path, pyproject: dict[str, Any], tmp_path: Pat
         path = tmp_path / file
         path.write_text(f"{path.read_text()}\n{line}\n")
     result = lint_imports(tmp_path)
-    broken = re.findall(r"^(.+) BROKEN$", result.stdout, flags=re.MULTILINE)
+    broken = re.findall(r"^(.+) BROKEN\b", result.stdout, flags=re.MULTILINE)
     assert sorted(broken) == sorted(c["name"] for c in pyproject["tool"]["importlinter"]["contracts"])
 
 
