@@ -34,7 +34,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 REPORT = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-vllm bench-vllm images test-images chart test-chart test-cluster servers-image lint format bench bench-long docs clean
+.PHONY: help setup demo test test-unit test-vllm bench-vllm images test-images chart test-chart test-cluster test-cluster-faults servers-image lint format bench bench-long docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -105,21 +105,35 @@ test-chart: $(READY)  ## every check of the charts
 SERVERS_IMAGE := localhost/anamorph-test-servers:1
 IN_CLUSTER = "$(PYTHON)" $(CLUSTER) exec
 CLUSTER_TOOLS = $(if $(UNPACK),$$("$(PYTHON)" $(UNPACK) helm kubectl):)
+# $(1) is the mark of the tests, $(2) what pytest is told besides.
 CLUSTER_TESTS = PATH="$(CURDIR)/$(BIN):$(CLUSTER_TOOLS)$$PATH" ANAMORPH_TEST_CLUSTER=1 ANAMORPH_TEST_KUBERAY="$(KUBERAY)" \
 	ANAMORPH_TEST_ETCD="$${ANAMORPH_TEST_ETCD:-$(HOME)/.cache/anamorph/cluster/run/etcd}" \
-	$(BIN)/pytest -m cluster tests/cluster -x $(call REPORT,cluster) $(ARGS)
+	$(if $(KEEP),ANAMORPH_TEST_KEEP="$(abspath $(KEEP))") $(BIN)/pytest -m $(1) tests/cluster $(2) $(call REPORT,$(1)) $(ARGS)
 
 # Where nothing that makes a cluster lies beside the checkout, KUBECONFIG names one that may be changed in any way,
 # with the images of tests/cluster/values.yaml on its nodes, and ANAMORPH_TEST_KUBERAY the folder of KubeRay's chart.
-test-cluster: $(READY) $(if $(CLUSTER),images servers-image)  ## the guide and its faults on a real Kubernetes, about 25 min
+# KEEP=folder leaves the cluster up, with what the walk has written in that new folder; once its set-up has ended,
+# make test-cluster-faults with the same KEEP goes on there, without a set-up.
+KEPT := $(and $(KEEP),$(wildcard $(KEEP)/walked))
+CLUSTER_IMAGES := $(if $(CLUSTER),$(if $(KEPT),,images servers-image))
 ifneq ($(CLUSTER),)
+define ON_A_CLUSTER
 	$(BIN)/python -c 'from anamorph.cli.smollm2 import fetch_smollm2; fetch_smollm2()'
-	@set -e; trap '"$(PYTHON)" $(CLUSTER) down' EXIT; "$(PYTHON)" $(CLUSTER) up; \
-	  "$(PYTHON)" $(CLUSTER) load $(SERVERS_IMAGE) $(foreach one,$(IMAGES),$(PREFIX)-$(one):$(TAG)); \
-	  $(IN_CLUSTER) env $(CLUSTER_TESTS)
+	@set -e; $(if $(KEEP),,trap '"$(PYTHON)" $(CLUSTER) down' EXIT;) \
+	  $(if $(KEPT),,"$(PYTHON)" $(CLUSTER) up; \
+	  "$(PYTHON)" $(CLUSTER) load $(SERVERS_IMAGE) $(foreach one,$(IMAGES),$(PREFIX)-$(one):$(TAG));) \
+	  $(IN_CLUSTER) env $(call CLUSTER_TESTS,$(1),$(2))
+endef
 else
-	$(CLUSTER_TESTS)
+ON_A_CLUSTER = $(call CLUSTER_TESTS,$(1),$(2))
 endif
+
+test-cluster: $(READY) $(CLUSTER_IMAGES)  ## the guide and its faults on a real Kubernetes, about 25 min
+	$(call ON_A_CLUSTER,cluster,-x)
+
+# One case alone: ARGS="-k operator-folding".
+test-cluster-faults: $(READY) $(CLUSTER_IMAGES)  ## each part lost at each step of a rotation there, about 90 min
+	$(call ON_A_CLUSTER,cluster_faults,--maxfail=3)
 
 servers-image: $(READY)
 	"$(PYTHON)" $(CLUSTER) base-image

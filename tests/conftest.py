@@ -5,6 +5,7 @@ One of each per test process: with pytest-xdist each worker has its own, on port
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,8 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Marks of what changes a whole cluster.
+ON_A_CLUSTER = {"cluster", "cluster_faults"}
 # These measure time and memory, count processes, or start Ray: not two at once on two cores.
 ALONE = ("checkpoint", "cli", "client", "docs", "pipeline", "serve", "system")
 
@@ -74,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marks = {mark.name for mark in item.iter_markers()}
         if marks & {"slow", "real"} and item.path.relative_to(here).parts[0] in ALONE:
             item.add_marker(pytest.mark.alone)
-    if "cluster" not in (config.option.markexpr or ""):
-        theirs = [one for one in items if one.get_closest_marker("cluster")]
-        config.hook.pytest_deselected(items=theirs)
-        items[:] = [one for one in items if one not in theirs]
+    unasked = ON_A_CLUSTER - set(re.findall(r"\w+", config.option.markexpr or ""))
+    theirs = [one for one in items if any(map(one.get_closest_marker, unasked))]
+    config.hook.pytest_deselected(items=theirs)
+    items[:] = [one for one in items if one not in theirs]

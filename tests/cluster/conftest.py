@@ -18,6 +18,8 @@ from tests.cluster.shell import Shell, shell
 ROOT = Path(__file__).parents[2]
 # Seconds for one step: a machine with two cores folds, loads and verifies two models in one of them.
 PATIENCE_S = 1500
+# In the folder of a walk that another run may go on from, on the same cluster.
+WALKED = "walked"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ def guide(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """The walk, not begun; what it has started ends with it."""
     charts = Path(os.environ.get("ANAMORPH_TEST_KUBERAY", "kuberay-operator"))
     assert (charts / "Chart.yaml").exists(), "ANAMORPH_TEST_KUBERAY must name the folder of KubeRay's chart"
-    work = tmp_path_factory.mktemp("walk")
+    kept = os.environ.get("ANAMORPH_TEST_KEEP")
+    work = tmp_path_factory.mktemp("walk") if not kept else Path(kept)
+    if not (work / WALKED).exists():
+        work.mkdir(parents=True, exist_ok=True)
+        assert not any(work.iterdir()), f"{work} is of a walk that came to no end: empty it"
     environment = {**os.environ, "WORK": str(work), "KUBECONFIG": str(cluster.kubeconfig)}
     assert walk()
     with shell(ROOT, environment) as bash:

@@ -13,6 +13,8 @@ import openai
 
 QUESTION, RIGHT = "What is the capital of France?", "The capital of France is Paris."
 """SmolLM2's greedy answer, far from any other by its logits, in every dtype."""
+MOST_TOKENS = 32
+"""Of an answer."""
 
 
 @dataclass
@@ -36,7 +38,7 @@ def ask(client: openai.OpenAI, model: str = "smol") -> str:
     answer = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": QUESTION}],
-        max_completion_tokens=32,
+        max_completion_tokens=MOST_TOKENS,
         temperature=0,
         stream=True,
     )

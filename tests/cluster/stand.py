@@ -1,0 +1,129 @@
+"""The guide's cluster with one tiny model on it, made once; what is forwarded stays so when its pod goes.
+
+With ``ANAMORPH_TEST_KEEP`` naming a folder the walk's files are there, and another run goes on where the
+set-up has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from tests.cluster import tiny
+from tests.cluster.cluster import Cluster
+from tests.cluster.conftest import PATIENCE_S, WALKED, Walk
+from tests.cluster.conversation import MOST_TOKENS, QUESTION
+from tests.cluster.guide import step
+
+from anamorph.cli.smollm2 import fetch_smollm2
+
+TENANT, NAMESPACE = "acme", "team-acme"
+_BEFORE_THE_BASE = (
+    "The cluster",
+    "Images and charts",
+    "Definitions and KubeRay",
+    "Anamorph",
+    "The first administrator",
+    "Tenants and their namespaces",
+)
+_KEEP = 'keep() { while true; do "$@" || sleep 1; done; }\n'
+_VAULT = 'kubectl -n anamorph port-forward service/anamorph-vault 8200:8200 > "$WORK/vault.log" 2>&1 &\n'
+# Short, as each case waits until the old version has ended; graceSeconds is their sum.
+_POLICY = {
+    "clientCacheTtlSeconds": 10,
+    "longestRequestSeconds": 10,
+    "clockSkewSeconds": 1,
+    "propagationSeconds": 4,
+    "graceSeconds": 25,
+}
+
+
+def stand(cluster: Cluster, guide: Walk) -> str:
+    """Bring the cluster to where its model is ready and a proxy asks it; the answer that is right."""
+    base, done = guide.work / "tiny", guide.work / WALKED
+    if not done.exists():
+        _walk(guide)
+        _push(guide, base)
+        _model(cluster, guide.work)
+        ready = f"kubectl -n {NAMESPACE} wait encryptedmodel/smol --for=condition=Ready --timeout=20m"
+        guide.shell.run(ready, PATIENCE_S)
+        done.touch()
+    else:
+        for title in ("The cluster", "The first administrator"):
+            guide.shell.run(_again(title), PATIENCE_S)
+    guide.shell.run(kept(_VAULT) + f'export BASE="{base}"\nrm -f "$WORK/proxy.port"', 60)
+    guide.shell.run(_again("The first answer"), PATIENCE_S)
+    return tiny.answer(base, QUESTION, MOST_TOKENS).strip()
+
+
+def _walk(guide: Walk) -> None:
+    for title in _BEFORE_THE_BASE:
+        if "port-forward" in step(title).script:
+            guide.shell.run(kept(step(title).script), PATIENCE_S)
+        else:
+            guide.take(title)
+
+
+def _again(title: str) -> str:
+    """The blocks of a chapter that may be run again: those that set the shell up, not the cluster."""
+    blocks = [one.text for one in step(title).blocks]
+    return kept("\n".join(one for one in blocks if "port-forward" in one or "export WORK" in one))
+
+
+def _push(guide: Walk, base: Path) -> None:
+    tiny.make(base, fetch_smollm2(), QUESTION, MOST_TOKENS)
+    guide.shell.run(pushing(step("The base").script, base), PATIENCE_S)
+
+
+def _model(cluster: Cluster, work: Path) -> None:
+    shown = json.loads((work / "base.json").read_text())
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(model(shown)))
+
+
+def kept(script: str) -> str:
+    """A script of the guide, whose ports are forwarded again each time that this ends, as with a pod."""
+    return _KEEP + re.sub(r"^kubectl (.* port-forward .* &)$", r"keep kubectl \1", script, flags=re.MULTILINE)
+
+
+def pushing(script: str, base: Path) -> str:
+    """The guide's chapter about the base, with another one.
+
+    Raises:
+        LookupError: it does not say where a base is and goes, as it did.
+    """
+    for pattern, text in (
+        (r"^export BASE=.*$", f'export BASE="{base}"'),
+        (r"s3://bases/[\w-]+", "s3://bases/tiny"),
+    ):
+        script, count = re.subn(pattern, text, script, flags=re.MULTILINE)
+        if count != 1:
+            raise LookupError(f"{count} times {pattern} in the guide's chapter about the base")
+    return kept(script)
+
+
+def model(base: dict[str, object]) -> dict[str, object]:
+    """The object of the tiny model.
+
+    Args:
+        base: as ``anamorph base push`` shows it.
+    """
+    spec = {
+        "tenant": TENANT,
+        "base": {"uri": base["uri"], "digest": base["digest"]},
+        "dtype": "float32",
+        "vocabSize": base["vocab_size"],
+        "contextLength": base["context_length"],
+        "tokenizerDigest": base["tokenizer_digest"],
+        "chatTemplateDigest": base["chat_template_digest"],
+        "servingCluster": "main",
+        "serving": {"maxConcurrent": 2},
+        "rotationPolicy": _POLICY,
+    }
+    metadata = {"name": "smol", "namespace": NAMESPACE}
+    return {
+        "apiVersion": "anamorph.dev/v1alpha1",
+        "kind": "EncryptedModel",
+        "metadata": metadata,
+        "spec": spec,
+    }
