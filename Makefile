@@ -37,7 +37,7 @@ REPORT = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 .PHONY: help setup demo test test-unit test-vllm bench-vllm images test-images chart test-chart test-cluster test-cluster-faults servers-image lint format bench bench-long docs clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(READY)  ## make the virtual environment
 

@@ -43,9 +43,11 @@ def stand(cluster: Cluster, guide: Walk) -> str:
     """Bring the cluster to where its model is ready and a proxy asks it; the answer that is right."""
     base, done = guide.work / "tiny", guide.work / WALKED
     if not done.exists():
+        tiny.make(base, fetch_smollm2(), QUESTION, MOST_TOKENS)
         _walk(guide)
-        _push(guide, base)
-        _model(cluster, guide.work)
+        guide.shell.run(pushing(step("The base").script, base), PATIENCE_S)
+        shown = json.loads((guide.work / "base.json").read_text())
+        cluster.kubectl("apply", "-f", "-", stdin=json.dumps(model(shown)))
         ready = f"kubectl -n {NAMESPACE} wait encryptedmodel/smol --for=condition=Ready --timeout=20m"
         guide.shell.run(ready, PATIENCE_S)
         done.touch()
@@ -69,16 +71,6 @@ def _again(title: str) -> str:
     """The blocks of a chapter that may be run again: those that set the shell up, not the cluster."""
     blocks = [one.text for one in step(title).blocks]
     return kept("\n".join(one for one in blocks if "port-forward" in one or "export WORK" in one))
-
-
-def _push(guide: Walk, base: Path) -> None:
-    tiny.make(base, fetch_smollm2(), QUESTION, MOST_TOKENS)
-    guide.shell.run(pushing(step("The base").script, base), PATIENCE_S)
-
-
-def _model(cluster: Cluster, work: Path) -> None:
-    shown = json.loads((work / "base.json").read_text())
-    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(model(shown)))
 
 
 def kept(script: str) -> str:

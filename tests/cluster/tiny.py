@@ -22,7 +22,6 @@ CONFIG = {
     "initializer_range": 0.5,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "pad_token_id": 2,
 }
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # An answer is judged by its text: no token may be a matter of rounding, each must be plain text.
