@@ -6,7 +6,7 @@ import base64
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Vault:
 
     def close(self) -> None:
         """Void the token, if there is one, and end the connections."""
-        with self._http:
+        with closing(self._http):
             if "X-Vault-Token" in self._http.headers:
                 self._ask("POST", "auth/token/revoke-self")
 

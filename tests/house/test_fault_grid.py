@@ -202,7 +202,7 @@ def forwarding(tmp_path: Path) -> Iterator[Path]:
     """A shell that keeps what ends at once; answers what it has written by then."""
     program = tmp_path / "kubectl"
     program.write_text(
-        '#!/bin/sh\necho "$@" >> "$COUNT"\n[ "$(wc -l < "$COUNT")" -ge 3 ] && sleep 60\nexit 1\n'
+        '#!/bin/sh\nprintf "%s\\n" "$*" >> "$COUNT"\n[ "$(wc -l < "$COUNT")" -ge 3 ] && sleep 60\nexit 1\n'
     )
     program.chmod(0o755)
     count = tmp_path / "count"
