@@ -77,7 +77,7 @@ def test_a_key_file_that_is_open_to_others_is_refused(key_file: Path, mode: int)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"short\n", b"two words here", b"\xff" * 20, b"x" * 5000, b"ab\0cdefgh"]
+    "content", [b"", b"short\n", b"two words here", b"\xff" * 20, b"x" * 20_000, b"ab\0cdefgh"]
 )
 def test_what_is_no_api_key_is_refused_and_not_repeated(key_file: Path, content: bytes) -> None:
     """A wrong file is not sent to a service as a credential."""
@@ -85,6 +85,12 @@ def test_what_is_no_api_key_is_refused_and_not_repeated(key_file: Path, content:
     with pytest.raises(SetupError) as found:
         read_api_key(key_file)
     assert str(found.value) == f"{key_file} holds no API key"
+
+
+def test_a_token_is_a_credential_too(key_file: Path) -> None:
+    """Those of service accounts and OIDC issuers are longer than our keys."""
+    key_file.write_bytes(b"eyJ." + b"x" * 5000 + b"\n")
+    assert len(read_api_key(key_file)) == 5004
 
 
 def test_a_key_file_that_is_missing_or_no_file_is_refused(tmp_path: Path) -> None:

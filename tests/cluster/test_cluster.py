@@ -14,7 +14,6 @@ from tests.cluster import networks
 from tests.cluster.cluster import COMPUTE, RELEASE, ZONES, Cluster, condition, until
 from tests.cluster.conftest import Walk
 from tests.cluster.conversation import RIGHT, asking, client
-from tests.cluster.guide import step
 from tests.cluster.secrets import hits, spellings
 
 from anamorph.wire.keyservice import KeyService
@@ -92,7 +91,7 @@ def test_every_pod_may_go_once(cluster: Cluster, guide: Walk) -> None:
             name = pod["metadata"]["name"]
             cluster.kubectl("delete", "pod", "-n", namespace, name, "--timeout=180s")
             until(partial(cluster.ready, namespace), f"all of {namespace} after {name}", 300)
-    until(lambda: forwarded(guide), "an answer", 300)
+    until(lambda: answers(guide), "an answer", 300)
     assert guide.shell.run("anamorph key list acme smol --json; anamorph tenant list --json", 60) == keys
 
 
@@ -114,7 +113,7 @@ def test_a_rotation_outlives_whoever_works_on_it(cluster: Cluster, guide: Walk) 
     until(lambda: condition(cluster.model(ACME), "Rotating")[0] == "True", "it begins", 120)
     kill(cluster, COMPUTE, "ray.io/node-type=worker")
     until(lambda: cluster.active(ACME) == version, f"version {version}", ROTATION_S)
-    until(lambda: forwarded(guide), "an answer", 300)
+    until(lambda: answers(guide), "an answer", 300)
 
 
 def test_keys_are_nowhere(cluster: Cluster, guide: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,15 +210,8 @@ def kill(cluster: Cluster, namespace: str, selector: str) -> None:
         )
 
 
-def forwarded(guide: Walk) -> bool:
-    """Whether it answers; a forwarded port ends with its pod, and so the guide's lines are run again."""
-    lines = [
-        line
-        for title in ("The first administrator", "The first answer")
-        for line in step(title).script.splitlines()
-        if "port-forward" in line
-    ]
-    guide.shell.run("\n".join(lines) + "\nsleep 3", 60)
+def answers(guide: Walk) -> bool:
+    """Whether the guide's question is answered; its ports are forwarded anew after their pods have ended."""
     try:
         return guide.ask() == RIGHT
     except openai.APIError:

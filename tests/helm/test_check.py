@@ -14,9 +14,14 @@ from typing import Any
 import httpx
 import pytest
 from kubernetes import client
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from tests.helm.api_server import TESTS, Cluster
 from tests.helm.chart import RELEASE, Object, of_kind, rendered
 from tests.helm.scripts import script
+from tests.servers.asgi import serving
 from tests.servers.process import Program, free_port
 
 from anamorph.wire.keyservice import KeyService, everything
@@ -100,6 +105,20 @@ def test_the_test_may_not_use_anothers_tenant(resource: Any) -> None:
         resource.create()
 
 
+def test_the_test_asks_the_cluster_by_its_service(tmp_path: Path) -> None:
+    """Outside another address may be told, which no pod can reach."""
+    seen: list[tuple[str, str]] = []
+
+    async def app(request: Request) -> Response:
+        seen.append((request.url.path, request.headers["host"]))
+        return Response("yes")
+
+    with serving(Starlette(routes=[Route("/{path:path}", app)])) as url:
+        with httpx.Client(transport=script("check").Inside(url)) as http:
+            assert http.get("https://models.example.com/acme/chat/v1").text == "yes"
+        assert seen == [("/acme/chat/v1", url.removeprefix("http://"))]
+
+
 @pytest.fixture
 def keysvc(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """URL of a key service, and the file with its platform's key."""
@@ -127,7 +146,7 @@ def test_commands_leave_no_key_behind(keysvc: tuple[str, Path], tmp_path: Path) 
     work = tmp_path / "work"
     work.mkdir()
     for _ in range(2):
-        commands = script("check").Commands(url, "helm-test", platform, work)
+        commands = script("check").Commands(url, "http://serve", "helm-test", platform, work)
         with pytest.raises(SystemExit, match="anamorph key rotate"), commands:
             commands.rotate("nothing", 1)
     with KeyService(url, platform.read_text().strip()) as keys:

@@ -23,6 +23,7 @@ from typing import Any, Self
 import httpx
 
 from anamorph.client import Client
+from anamorph.wire import trust
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 API_SERVER = "https://kubernetes.default.svc"
@@ -121,17 +122,38 @@ def _messages(conditions: list[Object]) -> str:
     return "; ".join(f"{one['type']}: {one['reason']}: {one.get('message', '')}" for one in wrong)
 
 
+class Inside(httpx.HTTPTransport):
+    """Asks the serving cluster by its Service, whatever address clients outside are told.
+
+    Args:
+        serve: URL of the Service; of another address only path and query count.
+    """
+
+    def __init__(self, serve: str) -> None:
+        super().__init__(verify=trust.context(), trust_env=False)
+        self._serve = httpx.URL(serve)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send it there."""
+        place = self._serve
+        request.url = request.url.copy_with(scheme=place.scheme, host=place.host, port=place.port)
+        request.headers["Host"] = place.netloc.decode("ascii")
+        return super().handle_request(request)
+
+
 @dataclass
 class Commands:
     """The product's own commands, as a platform and as the test's tenant.
 
     Args:
+        serve: URL of the serving cluster's Service.
         tenant: the test's own.
         credential: the platform's token, which is replaced while it lies there.
         work: private folder.
     """
 
     keysvc: str
+    serve: str
     tenant: str
     credential: Path
     work: Path
@@ -165,7 +187,8 @@ class Commands:
 
     def client(self, model: str) -> Client:
         """The tenant's client of its model."""
-        return Client(self.keysvc, self._file("client").read_text().strip(), self.tenant, model)
+        key = self._file("client").read_text().strip()
+        return Client(self.keysvc, key, self.tenant, model, transport=Inside(self.serve))
 
     def _file(self, role: str) -> Path:
         return self.work / f"{role}.key"
@@ -253,7 +276,8 @@ def main(config: Path, work: Path) -> None:
     """Run with the pod's own credentials."""
     settings = json.loads(config.read_text())
     model = settings["model"]
-    commands = Commands(settings["keysvc"], model["spec"]["tenant"], Path(settings["credential"]), work)
+    places = settings["keysvc"], settings["serve"]
+    commands = Commands(*places, model["spec"]["tenant"], Path(settings["credential"]), work)
     trusted = ssl.create_default_context(cafile=ACCOUNT / "ca.crt")
     with httpx.Client(base_url=API_SERVER, verify=trusted, trust_env=False, timeout=30) as api:
         resource = Resource(api, (ACCOUNT / "token").read_text, model)

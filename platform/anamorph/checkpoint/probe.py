@@ -24,12 +24,17 @@ Below = Callable[[int], int]
 
 @dataclass(frozen=True)
 class ProbeSize:
-    """How many prompts are tried and kept, and the tokens of each and of its continuation."""
+    """How many prompts are tried and kept, and the tokens of each and of its continuation.
 
-    candidates: int = 12
+    Of SmolLM2 in bfloat16, rounding moved the distance of the two best logits by up to 0.56 in 768 steps,
+    and by more than 0.18 in one of twenty. The third best of 12 prompts over 8 steps had a least distance of
+    0.12, that of 48 over 4 steps one of 0.62.
+    """
+
+    candidates: int = 64
     kept: int = 3
     prompt_tokens: int = 8
-    new_tokens: int = 8
+    new_tokens: int = 4
 
 
 def make_probe(

@@ -31,6 +31,9 @@ from anamorph.wire.keyservice import KeyService
 
 URL_VARIABLE = "ANAMORPH_KEYSVC_URL"
 KEY_VARIABLE = "ANAMORPH_API_KEY_FILE"
+# A token with the groups of its holder is longer than any key of ours.
+_MOST_BYTES = 16 * 1024
+_CREDENTIAL = re.compile(rb"[!-~]{8,%d}" % _MOST_BYTES)
 _ANSWERED_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 P = ParamSpec("P")
@@ -137,10 +140,10 @@ def _home_key(home: Home, tenant: str | None) -> Path:
 
 
 def read_api_key(path: Path) -> str:
-    """The API key in a file that is its owner's alone.
+    """The API key, or the token of an OIDC issuer or a service account, in a file that is its owner's alone.
 
     Raises:
-        SetupError: missing, open to others, or no API key.
+        SetupError: missing, open to others, or neither key nor token.
     """
     try:
         # Non-blocking: a FIFO in a key's place must be refused, not waited for.
@@ -155,8 +158,8 @@ def read_api_key(path: Path) -> str:
             raise SetupError(f"{path} is not a regular file")
         if status.st_mode & 0o077:
             raise SetupError(f"{path} is open to other users; run: chmod 600 {path}")
-        key = file.read(4096).strip()
-    if not re.fullmatch(rb"[!-~]{8,1024}", key):
+        key = file.read(_MOST_BYTES + 2).strip()
+    if not _CREDENTIAL.fullmatch(key):
         raise SetupError(f"{path} holds no API key")
     return key.decode("ascii")
 
