@@ -1,4 +1,4 @@
-"""The guide's cluster with one tiny model on it, made once; what is forwarded stays so when its pod goes.
+"""The guide's cluster with one tiny model on it, made once.
 
 With ``ANAMORPH_TEST_KEEP`` naming a folder the walk's files are there, and another run goes on where the
 set-up has ended.
@@ -27,8 +27,6 @@ _BEFORE_THE_BASE = (
     "The first administrator",
     "Tenants and their namespaces",
 )
-_KEEP = 'keep() { while true; do "$@" || sleep 1; done; }\n'
-_VAULT = 'kubectl -n anamorph port-forward service/anamorph-vault 8200:8200 > "$WORK/vault.log" 2>&1 &\n'
 # Short, as each case waits until the old version has ended; graceSeconds is their sum.
 _POLICY = {
     "clientCacheTtlSeconds": 10,
@@ -44,7 +42,8 @@ def stand(cluster: Cluster, guide: Walk) -> str:
     base, done = guide.work / "tiny", guide.work / WALKED
     if not done.exists():
         tiny.make(base, fetch_smollm2(), QUESTION, MOST_TOKENS)
-        _walk(guide)
+        for title in _BEFORE_THE_BASE:
+            guide.take(title)
         guide.shell.run(pushing(step("The base").script, base), PATIENCE_S)
         shown = json.loads((guide.work / "base.json").read_text())
         cluster.kubectl("apply", "-f", "-", stdin=json.dumps(model(shown)))
@@ -53,29 +52,17 @@ def stand(cluster: Cluster, guide: Walk) -> str:
         done.touch()
     else:
         for title in ("The cluster", "The first administrator"):
-            guide.shell.run(_again(title), PATIENCE_S)
-    guide.shell.run(kept(_VAULT) + f'export BASE="{base}"\nrm -f "$WORK/proxy.port"', 60)
-    guide.shell.run(_again("The first answer"), PATIENCE_S)
+            guide.shell.run(again(title), PATIENCE_S)
+    vault = "forward anamorph anamorph-vault 8200 &"
+    guide.shell.run(f'{vault}\nexport BASE="{base}"\nrm -f "$WORK/proxy.port"', 60)
+    guide.shell.run(again("The first answer"), PATIENCE_S)
     return tiny.answer(base, QUESTION, MOST_TOKENS).strip()
 
 
-def _walk(guide: Walk) -> None:
-    for title in _BEFORE_THE_BASE:
-        if "port-forward" in step(title).script:
-            guide.shell.run(kept(step(title).script), PATIENCE_S)
-        else:
-            guide.take(title)
-
-
-def _again(title: str) -> str:
+def again(title: str) -> str:
     """The blocks of a chapter that may be run again: those that set the shell up, not the cluster."""
     blocks = [one.text for one in step(title).blocks]
-    return kept("\n".join(one for one in blocks if "port-forward" in one or "export WORK" in one))
-
-
-def kept(script: str) -> str:
-    """A script of the guide, whose ports are forwarded again each time that this ends, as with a pod."""
-    return _KEEP + re.sub(r"^kubectl (.* port-forward .* &)$", r"keep kubectl \1", script, flags=re.MULTILINE)
+    return "\n".join(one for one in blocks if re.search(r"^forward |^export WORK", one, re.MULTILINE))
 
 
 def pushing(script: str, base: Path) -> str:
@@ -91,7 +78,7 @@ def pushing(script: str, base: Path) -> str:
         script, count = re.subn(pattern, text, script, flags=re.MULTILINE)
         if count != 1:
             raise LookupError(f"{count} times {pattern} in the guide's chapter about the base")
-    return kept(script)
+    return script
 
 
 def model(base: dict[str, object]) -> dict[str, object]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,8 +14,7 @@ import pytest
 from tests.cluster.grid import LEFT_OUT, Fault, Step, cases, missed, step_of
 from tests.cluster.guide import step
 from tests.cluster.settled import Shape, fixed, lost, named, running, settled, told
-from tests.cluster.shell import shell
-from tests.cluster.stand import kept, model, pushing
+from tests.cluster.stand import again, model, pushing
 from tests.cluster.strikes import PODS, Vault
 
 from anamorph.wire.admin import KeyVersionRead
@@ -189,33 +186,18 @@ def test_the_guide_with_another_base() -> None:
         pushing("true", Path("/tmp/tiny"))
 
 
-@pytest.mark.parametrize("title", ["The first administrator", "The base", "The first answer"])
-def test_forwarded_ports_are_kept(title: str) -> None:
-    """Each line of the guide that forwards one is found."""
-    script = step(title).script
-    assert script.count("port-forward") == 1
-    assert kept(script).count("keep kubectl ") == 1
-
-
-@pytest.fixture
-def forwarding(tmp_path: Path) -> Iterator[Path]:
-    """A shell that keeps what ends at once; answers what it has written by then."""
-    program = tmp_path / "kubectl"
-    program.write_text(
-        '#!/bin/sh\nprintf "%s\\n" "$*" >> "$COUNT"\n[ "$(wc -l < "$COUNT")" -ge 3 ] && sleep 60\nexit 1\n'
-    )
-    program.chmod(0o755)
-    count = tmp_path / "count"
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "COUNT": str(count)}
-    with shell(tmp_path, environment) as bash:
-        bash.run(kept("kubectl -n a port-forward service/b 1:1 > log 2>&1 &\n"), 10)
-        bash.run('until [ "$(cat count 2>/dev/null | wc -l)" -ge 3 ]; do sleep 0.1; done', 60)
-        yield count
-
-
-def test_what_ends_is_forwarded_again(forwarding: Path) -> None:
-    """A port whose pod has gone is there again, by the same line."""
-    assert set(forwarding.read_text().splitlines()) == {"-n a port-forward service/b 1:1"}
+@pytest.mark.parametrize(
+    ("title", "kept", "left"),
+    [
+        ("The cluster", "export WORK", None),
+        ("The first administrator", "export ANAMORPH_KEYSVC_URL", "logs job"),
+        ("The first answer", "anamorph proxy", "ask.py"),
+    ],
+)
+def test_what_of_the_guide_is_run_again(title: str, kept: str, left: str | None) -> None:
+    """On a cluster that stayed up only a shell is made anew: ports, variables, the proxy."""
+    assert kept in again(title)
+    assert left is None or (left in step(title).script and left not in again(title))
 
 
 @pytest.mark.real
