@@ -14,7 +14,10 @@ from anamorph.wire.keyservice import KeyService, everything
 from anamorph.wire.serving import app_name
 from anamorph.wire.states import State
 
-_OPEN_GRANTS = "SELECT count(*) FROM release_grant WHERE voided_at IS NULL AND used_at IS NULL"
+OPEN_GRANTS = (
+    "SELECT count(*) FROM release_grant JOIN key_version USING (tenant, model, version) "
+    "WHERE voided_at IS NULL AND used_at IS NULL AND state <> 'FAILED'"
+)
 _PSQL = (
     'PGPASSWORD="$(cat /etc/postgresql/password/superuser)" '
     'psql -h 127.0.0.1 -U postgres -d anamorph -Atc "$0"'
@@ -165,9 +168,9 @@ def running(job: Object) -> bool:
 
 
 def open_grants(cluster: Cluster) -> int:
-    """Grants that nobody has used or made void, by the database's own word."""
+    """Grants that nobody has used or made void, by the database's own word; of what failed they are void."""
     pod = cluster.pod(RELEASE, "app.kubernetes.io/component=postgresql")
-    return int(cluster.run(RELEASE, pod, "sh", "-c", _PSQL, _OPEN_GRANTS))
+    return int(cluster.run(RELEASE, pod, "sh", "-c", _PSQL, OPEN_GRANTS))
 
 
 def settled(shape: Shape) -> Iterator[str]:

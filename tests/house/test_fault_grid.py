@@ -7,18 +7,21 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from sqlmodel import Session, create_engine
 from tests.cluster.grid import LEFT_OUT, Fault, Step, cases, missed, step_of
 from tests.cluster.guide import step
-from tests.cluster.settled import Shape, fixed, lost, named, running, settled, told
+from tests.cluster.settled import OPEN_GRANTS, Shape, fixed, lost, named, running, settled, told
 from tests.cluster.stand import again, model, pushing
 from tests.cluster.strikes import PODS, Vault
 
 from anamorph.wire.admin import KeyVersionRead
 from anamorph.wire.states import State
+from anamorph_keysvc.columns import Base
+from anamorph_keysvc.tables import Grant, KeyVersion
 from anamorph_operator.kubernetes.resources.encrypted_model import EncryptedModelSpec
 
 if TYPE_CHECKING:
@@ -159,6 +162,26 @@ def test_jobs_that_run() -> None:
     assert running({"metadata": {}})
     assert not running({"metadata": {}, **over})
     assert running({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}, **over})
+
+
+def test_open_grants_are_counted_by_what_the_tables_say() -> None:
+    """Those that are neither used nor void, and whose version has not failed."""
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    made: dict[str, Any] = {"model": "smol", "version": 1, "created_at": THEN}
+    with Session(engine) as session:
+        for name, state, when in (
+            ("used", State.PENDING, {"used_at": THEN}),
+            ("void", State.PENDING, {"voided_at": THEN}),
+            ("open", State.PENDING, {}),
+            ("failed", State.FAILED, {}),
+        ):
+            session.add(KeyVersion(tenant=name, state=state, updated_at=THEN, **made))
+            row: dict[str, Any] = {**made, **when, "tenant": name, "expires_at": THEN}
+            session.add(Grant(id=name, hash=name, **row))
+        session.flush()
+        assert session.connection().exec_driver_sql(OPEN_GRANTS).scalar() == 1
+    engine.dispose()
 
 
 def test_the_tiny_model_is_one() -> None:
