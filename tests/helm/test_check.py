@@ -105,7 +105,7 @@ def test_the_test_may_not_use_anothers_tenant(resource: Any) -> None:
         resource.create()
 
 
-def test_the_test_asks_the_cluster_by_its_service(tmp_path: Path) -> None:
+def test_the_test_asks_the_cluster_by_its_service() -> None:
     """Outside another address may be told, which no pod can reach."""
     seen: list[tuple[str, str]] = []
 
