@@ -23,13 +23,19 @@ BASE_OUTSIDE = "its base lies outside the operator's allow-list (--allow-base)"
 
 @dataclass(frozen=True)
 class Limits:
-    """How much at once, how often, how patiently."""
+    """How much at once, how often, how patiently.
+
+    Args:
+        nodes_change: whether nodes come and go, so that what fits none of those that are there waits for
+            others, and is not given up.
+    """
 
     parallel_jobs: int = 1
     job_attempts: int = 4
     check_attempts: int = 20
     first_wait: timedelta = timedelta(seconds=2)
     longest_wait: timedelta = timedelta(seconds=60)
+    nodes_change: bool = False
 
     def wait(self, attempts: int) -> timedelta:
         """Pause after that many failed attempts: doubling, up to the longest."""
@@ -59,12 +65,18 @@ def start_jobs(desired: Desired, observed: Observed, now: datetime, limits: Limi
         wanted = capacity.wanted(desired, observed, Ref.of(version), model)
         found = capacity.no_room(observed, standing, taken, wanted)
         if found is not None:
-            no_more = f"it would not fit on the empty cluster: {found.reason}"
-            yield FailVersion(wanted.ref, no_more) if found.never else Hold(wanted.ref, found.reason)
+            yield _without_room(wanted.ref, found, limits)
         elif free > 0:
             free -= 1
             taken += [wanted.demand] if wanted.demand is not None else []
             yield StartJob(wanted.ref, model)
+
+
+def _without_room(ref: Ref, found: capacity.NoRoom, limits: Limits) -> Action:
+    if not found.never:
+        return Hold(ref, found.reason)
+    reason = f"it would not fit on the empty cluster: {found.reason}"
+    return Hold(ref, reason) if limits.nodes_change else FailVersion(ref, reason)
 
 
 def coming(desired: Desired, observed: Observed) -> list[Demand]:

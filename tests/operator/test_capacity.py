@@ -95,6 +95,17 @@ def test_what_would_never_fit_is_given_up(tenants: Want, version: Build, now: da
     assert "empty cluster" in failure.reason
 
 
+@pytest.mark.parametrize("cluster", [(), node(4_000)])
+def test_where_nodes_come_and_go_it_waits_for_others(
+    tenants: Want, version: Build, now: datetime, cluster: tuple[Node, ...]
+) -> None:
+    """A cluster that has lost its workers for a moment must not cost a version."""
+    want = tenants(version(1, State.PENDING))
+    [hold] = plan(want, seen(want, now, cluster), now, Limits(nodes_change=True))
+    assert isinstance(hold, Hold)
+    assert "empty cluster" in hold.reason
+
+
 @pytest.mark.parametrize("cluster", [None, node(None)])
 def test_a_machine_that_announces_nothing_stops_nobody(
     tenants: Want, version: Build, now: datetime, cluster: tuple[Node, ...]

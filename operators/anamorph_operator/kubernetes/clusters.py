@@ -144,7 +144,7 @@ class ClusterKeeper:
             otlp_endpoint=options.otlp_endpoint,
             pools={pool.name: pool.model_dump(exclude={"name"}) for pool in spec.pools},
             cache=cache(spec),
-            limits=Limits(parallel_jobs=options.parallel_jobs),
+            limits=Limits(parallel_jobs=options.parallel_jobs, nodes_change=True),
         )
 
     def _select(
