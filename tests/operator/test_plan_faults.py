@@ -79,6 +79,7 @@ class Cluster(World):
         for app in filter(None, map(self.app_of, self.in_state(State.ACTIVE))):
             self.apps[app.name] = replace(app, status=status)
         self.now += timedelta(seconds=40)
+        self.in_flight.clear()  # no request lasts as long
 
     @precondition(lambda self: self.in_state(*IN_USE))
     @rule()
