@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -118,6 +119,8 @@ class Scene:
     async def operate(self) -> None:
         await operate(self.driver, lambda: connection(self.settings), self.stop)
         await self.keys.close()
+        # aiohttp, by which kopf watches, ends its TLS connections a moment after it has been told to.
+        await asyncio.sleep(0.5)
 
     def model(self, name: str = "chat", **changes: Any) -> None:
         self.kubernetes.create(ENCRYPTED_MODEL, self.team, encrypted_model(name, **changes))
