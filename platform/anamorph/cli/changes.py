@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import typer
@@ -57,5 +57,14 @@ def checked(kind: type[Patch], fields: Mapping[str, Any], otherwise: str = "") -
         return kind.model_validate(fields)
     except ValidationError as error:
         [first, *_] = error.errors()
-        place = "".join(f"{name}: " for name in first["loc"][-1:])
+        # Behind the field pydantic may name the kind of value that it tried.
+        given = [name for name in first["loc"] if name in set(_names(fields))]
+        place = "".join(f"{name}: " for name in given[-1:])
         raise typer.BadParameter(f"{place}{first['msg']}{otherwise}") from None
+
+
+def _names(fields: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in fields.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from _names(value)
