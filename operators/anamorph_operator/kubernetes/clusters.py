@@ -13,6 +13,7 @@ import httpx
 
 from anamorph import errors
 from anamorph.wire.admin import KeyVersionRead, ModelRead
+from anamorph.wire.credential import bearer
 from anamorph.wire.keyservice import AsyncKeyService
 from anamorph.wire.states import State
 from anamorph_operator.begin import Limits
@@ -30,7 +31,7 @@ from anamorph_operator.kubernetes.resources.definition import SERVING_CLUSTER
 from anamorph_operator.kubernetes.resources.objects import ServingCluster
 from anamorph_operator.kubernetes.resources.part import GROUP, VERSION
 from anamorph_operator.kubernetes.serve import RayServiceServe
-from anamorph_operator.kubernetes.tokens import FileBearer
+from anamorph_operator.kubernetes.tokens import token_in
 from anamorph_operator.kubernetes.view import View
 from anamorph_operator.ports import Serve
 from anamorph_operator.probe import Prober, Tokens
@@ -90,11 +91,10 @@ class ClusterKeeper:
 
     def _dashboard(self, cluster: ServingCluster) -> httpx.AsyncClient:
         url = dashboard_url(cluster.name, cluster.spec, self._view.site.compute)
-        transport = self._connect()
-        token = _token_file(cluster, self._view.site.options.ray_tokens)
-        if token is not None:
-            transport = FileBearer(transport, token, "mount the cluster's tokenSecret into the operator")
-        return httpx.AsyncClient(base_url=url, transport=transport, timeout=30)
+        file = _token_file(cluster, self._view.site.options.ray_tokens)
+        remedy = "mount the cluster's tokenSecret into the operator"
+        auth = bearer(None if file is None else token_in(file, remedy))
+        return httpx.AsyncClient(base_url=url, auth=auth, transport=self._connect(), timeout=30)
 
     async def _serve(self, cluster: ServingCluster, ray: RayServe) -> Serve:
         if cluster.spec.ray is None:

@@ -27,7 +27,7 @@ from anamorph_operator.kubernetes.lease import Lease
 from anamorph_operator.kubernetes.models import ModelKeeper
 from anamorph_operator.kubernetes.options import Options, Site
 from anamorph_operator.kubernetes.removal import Remover
-from anamorph_operator.kubernetes.tokens import FileBearer
+from anamorph_operator.kubernetes.tokens import token_in
 from anamorph_operator.kubernetes.view import View
 
 LEASE = "anamorph-operator"
@@ -151,9 +151,8 @@ async def _operate(
 def key_service(options: Options) -> AsyncKeyService:
     """The key service, by the operator's projected token."""
     transport = httpx.AsyncHTTPTransport(verify=trusted(options))
-    remedy = "mount the operator's projected token there"
-    bearer = FileBearer(transport, options.keysvc_token_file, remedy)
-    return AsyncKeyService(options.keysvc, transport=bearer)
+    token = token_in(options.keysvc_token_file, "mount the operator's projected token there")
+    return AsyncKeyService(options.keysvc, token, transport=transport)
 
 
 def _utc_now() -> datetime:

@@ -1,47 +1,32 @@
-"""Calls that carry a token from a file: the kubelet replaces it, so it is read for each of them."""
+"""Tokens that lie in files which the kubelet replaces, so that each call reads its file anew."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-import httpx
 
 from anamorph import errors
 
 
-class FileBearer(httpx.AsyncBaseTransport):
-    """Adds ``Authorization: Bearer`` to each request.
+def token_in(file: Path, remedy: str) -> Callable[[], str]:
+    """What reads the token that a file holds now, for ``wire.credential``.
 
     Args:
-        inner: what sends it.
         file: with the token and nothing else.
         remedy: what to do where there is none (yet).
+
+    Returns:
+        It raises ``Unavailable`` where there is none.
     """
 
-    def __init__(self, inner: httpx.AsyncBaseTransport, file: Path, remedy: str) -> None:
-        self._inner = inner
-        self._file = file
-        self._remedy = remedy
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send it with the token that the file holds now.
-
-        Raises:
-            Unavailable: there is none.
-        """
-        request.headers["Authorization"] = f"Bearer {self._token()}"
-        return await self._inner.handle_async_request(request)
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._inner.aclose()
-
-    def _token(self) -> str:
+    def current() -> str:
         try:
-            token = self._file.read_text(encoding="ascii").strip()
+            token = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
-            what = f"cannot read a token from {self._file} ({type(error).__name__})"
-            raise errors.Unavailable(f"{what}: {self._remedy}") from None
+            what = f"cannot read a token from {file} ({type(error).__name__})"
+            raise errors.Unavailable(f"{what}: {remedy}") from None
         if not token:
-            raise errors.Unavailable(f"no token is in {self._file}: {self._remedy}")
+            raise errors.Unavailable(f"no token is in {file}: {remedy}")
         return token
+
+    return current

@@ -26,14 +26,12 @@ from anamorph import errors
 from anamorph.cli.machine.home import Home, HomeOption
 from anamorph.errors import ServiceError, SetupError
 from anamorph.wire.admin import Role
+from anamorph.wire.credential import MOST_BYTES, TOKEN
 from anamorph.wire.ids import check_label
 from anamorph.wire.keyservice import KeyService
 
 URL_VARIABLE = "ANAMORPH_KEYSVC_URL"
 KEY_VARIABLE = "ANAMORPH_API_KEY_FILE"
-# A token with the groups of its holder is longer than any key of ours.
-_MOST_BYTES = 16 * 1024
-_CREDENTIAL = re.compile(rb"[!-~]{8,%d}" % _MOST_BYTES)
 _ANSWERED_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 P = ParamSpec("P")
@@ -158,8 +156,8 @@ def read_api_key(path: Path) -> str:
             raise SetupError(f"{path} is not a regular file")
         if status.st_mode & 0o077:
             raise SetupError(f"{path} is open to other users; run: chmod 600 {path}")
-        key = file.read(_MOST_BYTES + 2).strip()
-    if not _CREDENTIAL.fullmatch(key):
+        key = file.read(MOST_BYTES + 2).strip()
+    if not TOKEN.fullmatch(key):
         raise SetupError(f"{path} holds no API key")
     return key.decode("ascii")
 

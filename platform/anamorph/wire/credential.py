@@ -18,8 +18,9 @@ from anamorph.errors import SetupError
 Credential = str | Path | Callable[[], str]
 """An API key, grant or token; the file that holds it; or what answers it at the time."""
 
-_MOST_BYTES = 16 * 1024
-_TOKEN = re.compile(rb"[!-~]{8,%d}" % _MOST_BYTES)
+MOST_BYTES = 16 * 1024
+TOKEN = re.compile(rb"[!-~]{8,%d}" % MOST_BYTES)
+"""What a credential is made of. A token with the groups of its holder is longer than any key of ours."""
 
 
 class Bearer(httpx.Auth):
@@ -57,9 +58,9 @@ def read_credential(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            found = file.read(_MOST_BYTES + 2).strip()
+            found = file.read(MOST_BYTES + 2).strip()
     except OSError as error:
         raise SetupError(f"cannot read a credential from {path}: {error.strerror}") from None
-    if not _TOKEN.fullmatch(found):
+    if not TOKEN.fullmatch(found):
         raise SetupError(f"{path} holds no credential: an API key, or a token, on one line")
     return found.decode("ascii")

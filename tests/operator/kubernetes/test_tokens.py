@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from anamorph import errors
-from anamorph_operator.kubernetes.tokens import FileBearer
+from anamorph.wire.credential import bearer
+from anamorph_operator.kubernetes.tokens import token_in
 
 
 async def test_the_token_is_the_one_that_the_file_holds_now(tmp_path: Path) -> None:
@@ -19,8 +20,9 @@ async def test_the_token_is_the_one_that_the_file_holds_now(tmp_path: Path) -> N
         return httpx.Response(200)
 
     file = tmp_path / "token"
-    bearer = FileBearer(httpx.MockTransport(answer), file, "mount it")
-    async with httpx.AsyncClient(transport=bearer, base_url="http://ray") as ray:
+    transport = httpx.MockTransport(answer)
+    auth = bearer(token_in(file, "mount it"))
+    async with httpx.AsyncClient(auth=auth, transport=transport, base_url="http://ray") as ray:
         for token in ("one\n", "two\n"):
             file.write_text(token)
             await ray.get("/")
@@ -32,7 +34,8 @@ async def test_no_token_is_no_call(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "token"
     if content is not None:
         file.write_text(content, encoding="utf-8")
-    bearer = FileBearer(httpx.MockTransport(lambda _: httpx.Response(200)), file, "mount it")
-    async with httpx.AsyncClient(transport=bearer, base_url="http://ray") as ray:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200))
+    auth = bearer(token_in(file, "mount it"))
+    async with httpx.AsyncClient(auth=auth, transport=transport, base_url="http://ray") as ray:
         with pytest.raises(errors.Unavailable, match=f"{file.name}.*: mount it"):
             await ray.get("/")
