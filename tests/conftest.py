@@ -10,14 +10,17 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
 
 # Imported where they are started: most runs of tests need none, nor the packages behind them.
 if TYPE_CHECKING:
+    from tests.servers.counting import Counting
     from tests.servers.postgres import PostgresServer
     from tests.servers.production import Production
     from tests.servers.proxies import Toxiproxy
+    from tests.servers.s3 import Server
     from tests.servers.vault import VaultServer
 
 
@@ -46,6 +49,30 @@ def toxiproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toxiproxy]:
 
     with running_toxiproxy(tmp_path_factory.mktemp("toxiproxy")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An S3-compatible store."""
+    from tests.servers.s3 import running_s3
+
+    with running_s3(tmp_path_factory.mktemp("weed")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_port(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+    """The store behind a counting port, which is what the environment names."""
+    import s3fs
+    from tests.servers.counting import counting
+
+    upstream = urlsplit(s3_server.endpoint).port
+    assert upstream is not None
+    with counting(upstream) as made:
+        for name, value in {**s3_server.environment, "AWS_ENDPOINT_URL_S3": made.url}.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield made
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from tests.servers.s3 import BUCKET, Server, running_s3
+from tests.servers.s3 import BUCKET, Server
 
 from anamorph.checkpoint import Checkpoint
 from anamorph.client.tokenizer import chat_template_digest, tokenizer_digest
@@ -20,15 +20,9 @@ Run = Callable[..., CompletedProcess[str]]
 TEMPLATE = "{{ messages[0].content }}"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_s3(tmp_path_factory.mktemp("weed")) as running:
-        yield running
-
-
 @pytest.fixture
-def url(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in server.environment.items():
+def url(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
@@ -72,29 +66,31 @@ def test_no_checkpoint_is_an_error(anamorph: Run, tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_push_copies_what_a_fold_reads(anamorph: Run, model: Path, url: str, server: Server) -> None:
+def test_push_copies_what_a_fold_reads(anamorph: Run, model: Path, url: str, s3_server: Server) -> None:
     """Those files whole, and neither tokenizer nor pickle; a second push is refused and changes nothing."""
     done = anamorph("base", "push", model, f"{url}/", "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert (shown["uri"], shown["digest"]) == (url, Checkpoint.open(model).digest())
-    there = {path.rpartition("/")[2]: server.client().cat_file(path) for path in server.client().ls(url)}
+    there = {
+        path.rpartition("/")[2]: s3_server.client().cat_file(path) for path in s3_server.client().ls(url)
+    }
     assert there == {name: (model / name).read_bytes() for name in Checkpoint.open(model).files}
 
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     again = anamorph("base", "push", model, url)
     assert again.returncode == 1
     assert "holds a checkpoint already" in again.stderr
-    assert server.client().cat_file(f"{url}/config.json") == there["config.json"]
+    assert s3_server.client().cat_file(f"{url}/config.json") == there["config.json"]
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_a_push_that_was_killed_is_done_anew(anamorph: Run, model: Path, url: str, server: Server) -> None:
+def test_a_push_that_was_killed_is_done_anew(anamorph: Run, model: Path, url: str, s3_server: Server) -> None:
     """Without ``config.json`` the folder is nobody's base yet."""
-    server.client().pipe_file(f"{url}/model.safetensors", b"half")
+    s3_server.client().pipe_file(f"{url}/model.safetensors", b"half")
     assert anamorph("base", "push", model, url).returncode == 0
-    weights = server.client().cat_file(f"{url}/model.safetensors")
+    weights = s3_server.client().cat_file(f"{url}/model.safetensors")
     assert weights == (model / "model.safetensors").read_bytes()
 
 

@@ -9,15 +9,14 @@ import sys
 import time
 import uuid
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-from tests.servers.counting import Counting, counting
-from tests.servers.s3 import BUCKET, Server, running_s3
+from tests.servers.counting import Counting
+from tests.servers.s3 import BUCKET, Server
 
 from anamorph.replica import verify
 from anamorph.wire.states import State
@@ -30,31 +29,14 @@ ANOTHER = f"sha256:{0:064}"
 Run = Callable[..., CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_s3(tmp_path_factory.mktemp("weed")) as running:
-        yield running
-
-
 @pytest.fixture
-def port(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
-    """The server behind a counting port, which is what the environment of the jobs names."""
-    upstream = urlsplit(server.endpoint).port
-    assert upstream is not None
-    with counting(upstream) as made:
-        for name, value in {**server.environment, "AWS_ENDPOINT_URL_S3": made.url}.items():
-            monkeypatch.setenv(name, value)
-        yield made
-
-
-@pytest.fixture
-def url(server: Server, port: Counting, base: Path) -> str:
+def url(s3_server: Server, s3_port: Counting, base: Path) -> str:
     """The tiny model with a tokenizer beside it."""
-    del port  # started first, so that the environment names it
+    del s3_port  # started first, so that the environment names it
     place = f"{PREFIX}/{uuid.uuid4().hex}"
     for path in base.iterdir():
-        server.client().pipe_file(f"{place}/{path.name}", path.read_bytes())
-    server.client().pipe_file(f"{place}/tokenizer.json", b"{}")
+        s3_server.client().pipe_file(f"{place}/{path.name}", path.read_bytes())
+    s3_server.client().pipe_file(f"{place}/tokenizer.json", b"{}")
     return place
 
 
@@ -86,7 +68,7 @@ def refused(materializing: Any, done: CompletedProcess[str]) -> str:
 
 
 def test_a_job_takes_an_allowed_base(
-    anamorph: Run, materializing: Any, url: str, port: Counting, digest: str
+    anamorph: Run, materializing: Any, url: str, s3_port: Counting, digest: str
 ) -> None:
     """``--allow-base s3://bucket/prefix/``: of the digest asked for, staged; nothing is left."""
     order = materializing.order(base=url, allow_base=[f"{PREFIX}/"], base_digest=digest)
@@ -96,22 +78,22 @@ def test_a_job_takes_an_allowed_base(
     assert version.state is State.STAGED
     verify(version.artifact.replica, b64decode(version.public_key), key_id=version.key_id)
     assert not place(materializing).exists()
-    assert port.reads("tokenizer.json") == []
+    assert s3_port.reads("tokenizer.json") == []
 
 
 def test_a_base_outside_the_prefix_is_not_even_listed(
-    anamorph: Run, materializing: Any, url: str, port: Counting
+    anamorph: Run, materializing: Any, url: str, s3_port: Counting
 ) -> None:
     """A prefix covers whole names."""
-    port.requests.clear()
+    s3_port.requests.clear()
     done = job(anamorph, materializing.order(base=url, allow_base=[PREFIX[:-1], "/", f"{PREFIX}/x"]))
     assert "--allow-base" in refused(materializing, done)
-    assert port.requests == []
+    assert s3_port.requests == []
 
 
-def test_what_the_base_lacks_is_named(anamorph: Run, materializing: Any, url: str, server: Server) -> None:
+def test_what_the_base_lacks_is_named(anamorph: Run, materializing: Any, url: str, s3_server: Server) -> None:
     """The reason in the version's record says which file to upload."""
-    server.client().rm_file(f"{url}/config.json")
+    s3_server.client().rm_file(f"{url}/config.json")
     done = job(anamorph, materializing.order(base=url, allow_base=[PREFIX]))
     assert f"{url} holds no config.json" in refused(materializing, done)
 
@@ -130,11 +112,11 @@ def test_another_base_than_asked_for_is_refused(
 
 
 def test_a_deleted_pod_ends_at_once_and_is_made_up_for(
-    anamorph: Run, materializing: Any, url: str, port: Counting
+    anamorph: Run, materializing: Any, url: str, s3_port: Counting
 ) -> None:
     """SIGTERM while the base comes: exit 143, no key was released; the next job goes on to STAGED."""
     options = materializing.pod(base=url, allow_base=[PREFIX])
-    port.delay_s = 0.5
+    s3_port.delay_s = 0.5
     command = [sys.executable, "-m", "anamorph.cli", "materialize", *map(str, options)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as pod:
         while not list(place(materializing).glob("base/*.partial")):
@@ -142,7 +124,7 @@ def test_a_deleted_pod_ends_at_once_and_is_made_up_for(
             time.sleep(0.01)
         pod.send_signal(signal.SIGTERM)
         assert (pod.wait(10), pod.communicate()[1]) == (143, "")
-    port.delay_s = 0
+    s3_port.delay_s = 0
     assert not any("release" in action for action in materializing.audit())
     assert not materializing.store.exists()
     done = anamorph("materialize", *options)
@@ -151,7 +133,7 @@ def test_a_deleted_pod_ends_at_once_and_is_made_up_for(
 
 
 def test_parts_share_one_copy_of_the_base(
-    anamorph: Run, materializing: Any, url: str, port: Counting
+    anamorph: Run, materializing: Any, url: str, s3_port: Counting
 ) -> None:
     """Two pods at the same moment fetch it once; who finishes takes the same copy, and removes it."""
     options = materializing.pod(base=url, allow_base=[PREFIX], max_shard_size=4000)
@@ -162,5 +144,5 @@ def test_parts_share_one_copy_of_the_base(
     assert [pod.wait(120) for pod in pods] == [0, 0]
     assert anamorph("parts", "finish", *options).returncode == 0
     assert materializing.version.state is State.STAGED
-    assert len(port.reads("model.safetensors")) == 1
+    assert len(s3_port.reads("model.safetensors")) == 1
     assert not place(materializing).exists()

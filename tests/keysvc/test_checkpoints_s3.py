@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -23,39 +22,31 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 AT = datetime(2030, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from tests.servers.s3 import running_s3
-
-    with running_s3(tmp_path_factory.mktemp("weed")) as running:
-        yield running
-
-
 @pytest.fixture
-def destination(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+def destination(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty place in the store; its credentials are in the environment only."""
     from tests.servers.s3 import BUCKET
 
-    for name, value in server.environment.items():
+    for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     return f"s3://{BUCKET}/{secrets.token_hex(6)}"
 
 
-def test_a_checkpoint_is_written_once_and_never_over(server: Server, destination: str) -> None:
+def test_a_checkpoint_is_written_once_and_never_over(s3_server: Server, destination: str) -> None:
     """The same again changes nothing; another chain under the same number is an alarm."""
     signer = LocalSigner(bytes(32))
     checkpoint = sign(signer, "acme", Checkpoint(7, "a" * 64), AT)
     export(destination, checkpoint)
     export(destination, checkpoint)
-    [stored] = server.client().find(destination)
-    text = server.client().cat_file(stored).decode()
+    [stored] = s3_server.client().find(destination)
+    text = s3_server.client().cat_file(stored).decode()
     assert decode(text) == checkpoint
     decode(text).verify_signature(signer.public_keys())
     forged = sign(signer, "acme", Checkpoint(7, "b" * 64), AT)
     with pytest.raises(errors.AuditRefused):
         export(destination, forged)
-    assert server.client().cat_file(stored).decode() == text
+    assert s3_server.client().cat_file(stored).decode() == text
 
 
 def test_a_store_that_refuses_is_said_to_be_away(destination: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-import s3fs
 from safetensors.numpy import save_file
-from tests.servers.counting import Counting, counting
-from tests.servers.s3 import BUCKET, Server, running_s3
+from tests.servers.counting import Counting
+from tests.servers.s3 import BUCKET, Server
 
 from anamorph.errors import ReplicaRefused, StoreUnavailable
 from anamorph.keys import TenantKey
@@ -57,24 +55,6 @@ with Cache(Path(folder), 2**30).hold(url, bytes.fromhex(public_key), manifest_sh
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_s3(tmp_path_factory.mktemp("weed")) as running:
-        yield running
-
-
-@pytest.fixture
-def port(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
-    """The server behind a counting port, which is what the environment names."""
-    upstream = urlsplit(server.endpoint).port
-    assert upstream is not None
-    with counting(upstream) as made:
-        for name, value in {**server.environment, "AWS_ENDPOINT_URL_S3": made.url}.items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield made
-
-
 @pytest.fixture
 def big(replica: Path, identity: Identity, key: TenantKey) -> ReplicaManifest:
     """``replica`` with a shard of six chunks in it, and what its manifest says now."""
@@ -85,11 +65,11 @@ def big(replica: Path, identity: Identity, key: TenantKey) -> ReplicaManifest:
 
 
 @pytest.fixture
-def url(port: Counting, replica: Path, big: ReplicaManifest) -> str:
+def url(s3_port: Counting, replica: Path, big: ReplicaManifest) -> str:
     """The published replica; requests are counted from here on."""
     assert len(big.files[SHARD].chunks) == 6
     place = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}").publish(replica, "acme/tiny/v1")
-    port.requests.clear()
+    s3_port.requests.clear()
     return place
 
 
@@ -126,22 +106,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def fetched(port: Counting) -> Counter[tuple[str, str]]:
+def fetched(s3_port: Counting) -> Counter[tuple[str, str]]:
     """How often each range of each file but the manifest was asked for."""
-    objects = (one for one in port.reads() if one.range and not one.path.endswith(MANIFEST))
+    objects = (one for one in s3_port.reads() if one.range and not one.path.endswith(MANIFEST))
     return Counter((one.path, one.range) for one in objects)
 
 
 def test_many_actors_download_once(
-    actors: list[Actor], port: Counting, replica: Path, big: ReplicaManifest, tmp_path: Path
+    actors: list[Actor], s3_port: Counting, replica: Path, big: ReplicaManifest, tmp_path: Path
 ) -> None:
     """Five processes that start at the same moment ask the store once for each chunk, and all get it."""
     for actor in actors:
         go(actor)
     assert [said(actor) for actor in actors] == [b"held\n"] * ACTORS
     chunks = sum(len(file.chunks) for file in big.files.values())
-    assert list(fetched(port).values()) == [1] * chunks
-    assert len(port.reads(MANIFEST)) == 1
+    assert list(fetched(s3_port).values()) == [1] * chunks
+    assert len(s3_port.reads(MANIFEST)) == 1
     assert contents(tmp_path / "cache" / "entries" / big.sha256()) == contents(replica)
     for actor in actors:
         go(actor)
@@ -149,12 +129,12 @@ def test_many_actors_download_once(
 
 
 def test_a_process_killed_while_it_downloads_is_succeeded(
-    actors: list[Actor], port: Counting, replica: Path, big: ReplicaManifest, tmp_path: Path
+    actors: list[Actor], s3_port: Counting, replica: Path, big: ReplicaManifest, tmp_path: Path
 ) -> None:
     """kill -9 in the middle: one of those who waited goes on from the chunks that are there."""
-    port.delay_s = 0.3
+    s3_port.delay_s = 0.3
     go(actors[0])
-    while len(port.reads(SHARD)) < 3:
+    while len(s3_port.reads(SHARD)) < 3:
         time.sleep(0.005)
     for actor in actors[1:]:
         go(actor)
@@ -162,14 +142,14 @@ def test_a_process_killed_while_it_downloads_is_succeeded(
     assert actors[0].wait() == -signal.SIGKILL
     assert [said(actor) for actor in actors[1:]] == [b"held\n"] * (ACTORS - 1)
     # Fetched by the first, perhaps begun by it, and then by one successor at most.
-    assert max(fetched(port).values()) <= 2
+    assert max(fetched(s3_port).values()) <= 2
     entry = tmp_path / "cache" / "entries" / big.sha256()
     assert contents(entry) == contents(replica)
     assert list((tmp_path / "cache" / "partial").iterdir()) == []
 
 
 def test_a_flipped_byte_costs_one_chunk(
-    url: str, port: Counting, replica: Path, big: ReplicaManifest, key: TenantKey, tmp_path: Path
+    url: str, s3_port: Counting, replica: Path, big: ReplicaManifest, key: TenantKey, tmp_path: Path
 ) -> None:
     """The damaged chunk of an entry, and nothing else, is fetched again."""
     cache = Cache(tmp_path / "cache", LIMIT)
@@ -179,28 +159,28 @@ def test_a_flipped_byte_costs_one_chunk(
             byte = file.read(1)
             file.seek(2 * CHUNK + 7)
             file.write(bytes([byte[0] ^ 1]))
-        port.requests.clear()
+        s3_port.requests.clear()
         with cache.hold(url, key.public_key(), manifest_sha256=big.sha256()) as repaired:
             assert contents(repaired.folder) == contents(replica)
-    assert [one.range for one in port.reads(SHARD)] == [f"bytes={2 * CHUNK}-{3 * CHUNK - 1}"]
-    assert len(fetched(port)) == 1
+    assert [one.range for one in s3_port.reads(SHARD)] == [f"bytes={2 * CHUNK}-{3 * CHUNK - 1}"]
+    assert len(fetched(s3_port)) == 1
 
 
 def test_without_the_store_what_is_here_is_enough(
-    url: str, port: Counting, big: ReplicaManifest, key: TenantKey, tmp_path: Path
+    url: str, s3_port: Counting, big: ReplicaManifest, key: TenantKey, tmp_path: Path
 ) -> None:
     """An entry that is whole starts engines while the store is away."""
     cache = Cache(tmp_path / "cache", LIMIT)
     cache.hold(url, key.public_key()).close()
-    port.requests.clear()
+    s3_port.requests.clear()
     with cache.hold(url, key.public_key(), manifest_sha256=big.sha256()) as held:
         assert held.manifest == big
-    assert port.requests == []
+    assert s3_port.requests == []
 
 
 def test_a_store_that_goes_away_is_an_error_and_what_came_is_kept(
     url: str,
-    port: Counting,
+    s3_port: Counting,
     replica: Path,
     big: ReplicaManifest,
     key: TenantKey,
@@ -214,30 +194,30 @@ def test_a_store_that_goes_away_is_an_error_and_what_came_is_kept(
     monkeypatch.setattr(fill, "THREADS", 1)
 
     def cut(done: int, _total: int) -> None:
-        port.cut = done > 2 * CHUNK
+        s3_port.cut = done > 2 * CHUNK
 
     with pytest.raises(StoreUnavailable):
         Cache(tmp_path / "cache", LIMIT, progress=cut).hold(url, key.public_key())
-    port.cut = False
-    port.requests.clear()
+    s3_port.cut = False
+    s3_port.requests.clear()
     with Cache(tmp_path / "cache", LIMIT).hold(url, key.public_key()) as held:
         assert contents(held.folder) == contents(replica)
-    assert 0 < len(port.reads(SHARD)) < len(big.files[SHARD].chunks)
+    assert 0 < len(s3_port.reads(SHARD)) < len(big.files[SHARD].chunks)
 
 
 def test_a_read_that_hangs_ends(
-    url: str, port: Counting, key: TenantKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, s3_port: Counting, key: TenantKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store that takes connections and never answers is given up."""
     monkeypatch.setattr(ranged, "WAITS_S", ())
     monkeypatch.setattr(files, "ANSWER_TIMEOUT_S", 0.5)
-    port.delay_s = 20
+    s3_port.delay_s = 20
     with pytest.raises(StoreUnavailable):
         Cache(tmp_path / "cache", LIMIT).hold(url, key.public_key())
 
 
 def test_a_slice_costs_the_chunks_that_it_touches(
-    url: str, port: Counting, replica: Path, key: TenantKey, server: Server
+    url: str, s3_port: Counting, replica: Path, key: TenantKey, s3_server: Server
 ) -> None:
     """A rank reads rows of a tensor from the store: the header's chunk, the rows' chunks, no others."""
     content = np.random.default_rng(0).standard_normal((3000, 1800), dtype=np.float32)
@@ -245,10 +225,10 @@ def test_a_slice_costs_the_chunks_that_it_touches(
         found = Tensors(source).read("b", slice(1500, 2000), slice(600, 1200)).view(np.float32)
         np.testing.assert_array_equal(found, content[1500:2000, 600:1200])
         first, last = 1500 * 7200 // CHUNK, 2000 * 7200 // CHUNK
-        assert len(port.reads(SHARD)) == 1 + last - first + 1
+        assert len(s3_port.reads(SHARD)) == 1 + last - first + 1
         data = bytearray((replica / SHARD).read_bytes())
         data[5 * CHUNK + 1] ^= 1
-        server.client().pipe_file(f"{url}/{SHARD}", bytes(data))
+        s3_server.client().pipe_file(f"{url}/{SHARD}", bytes(data))
         Tensors(source).read("b", slice(0, 10))
         with pytest.raises(ReplicaRefused, match=SHARD):
             Tensors(source).read("b", slice(2990, 3000))

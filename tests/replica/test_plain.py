@@ -8,18 +8,16 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import s3fs
 from safetensors.numpy import save_file
-from tests.servers.counting import Counting, counting
-from tests.servers.s3 import BUCKET, Server, running_s3
+from tests.servers.counting import Counting
+from tests.servers.s3 import BUCKET, Server
 
 from anamorph.errors import BaseRefused, CheckpointError, Conflict, StoreUnavailable
 from anamorph.replica import CHUNK, files, ranged
@@ -52,24 +50,6 @@ fetch_plain(url, Path(into), kill)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_s3(tmp_path_factory.mktemp("weed")) as running:
-        yield running
-
-
-@pytest.fixture
-def port(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
-    """The server behind a counting port, which is what the environment names."""
-    upstream = urlsplit(server.endpoint).port
-    assert upstream is not None
-    with counting(upstream) as made:
-        for name, value in {**server.environment, "AWS_ENDPOINT_URL_S3": made.url}.items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield made
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Files of a checkpoint in two shards, one of them of several chunks."""
     folder = tmp_path_factory.mktemp("model")
@@ -85,9 +65,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 class Bucket:
     """One checkpoint's folder, as another client sees it."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, s3_server: Server) -> None:
         self.url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
-        self._client = server.client()
+        self._client = s3_server.client()
 
     def put(self, files: dict[str, bytes]) -> None:
         for name, content in files.items():
@@ -95,9 +75,9 @@ class Bucket:
 
 
 @pytest.fixture
-def bucket(server: Server, port: Counting) -> Bucket:
-    del port  # started first, so that the environment names it
-    return Bucket(server)
+def bucket(s3_server: Server, s3_port: Counting) -> Bucket:
+    del s3_port  # started first, so that the environment names it
+    return Bucket(s3_server)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -109,15 +89,15 @@ def folders(into: Path) -> list[str]:
 
 
 def test_exactly_what_is_read_is_fetched(
-    bucket: Bucket, port: Counting, model: dict[str, bytes], tmp_path: Path
+    bucket: Bucket, s3_port: Counting, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Configurations, index and its shards, each byte once; no pickle, code or tokenizer."""
     bucket.put(model | LEFT_ALONE)
     seen: list[tuple[int, int]] = []
     fetched = fetch_plain(bucket.url, tmp_path / "base", lambda *done: seen.append(done))
     assert contents(fetched) == model
-    assert sorted({one.path.rsplit("/", 1)[-1] for one in port.reads() if one.range}) == READ
-    assert len(port.reads(SHARDS[1])) == CHUNKS
+    assert sorted({one.path.rsplit("/", 1)[-1] for one in s3_port.reads() if one.range}) == READ
+    assert len(s3_port.reads(SHARDS[1])) == CHUNKS
     total = sum(map(len, model.values()))
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
@@ -132,14 +112,14 @@ def test_one_file_counts_before_an_index(bucket: Bucket, model: dict[str, bytes]
 
 
 def test_what_is_here_is_not_fetched_again(
-    bucket: Bucket, port: Counting, model: dict[str, bytes], tmp_path: Path
+    bucket: Bucket, s3_port: Counting, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     """The same objects: one listing and the index, and the same folder."""
     bucket.put(model)
     fetched = fetch_plain(bucket.url, tmp_path / "base")
-    port.requests.clear()
+    s3_port.requests.clear()
     assert fetch_plain(bucket.url, tmp_path / "base") == fetched
-    assert {one.path.rsplit("/", 1)[-1] for one in port.reads() if one.range} == {INDEX}
+    assert {one.path.rsplit("/", 1)[-1] for one in s3_port.reads() if one.range} == {INDEX}
 
 
 @pytest.mark.parametrize("lost", ["config.json", INDEX, SHARDS[1]])
@@ -174,7 +154,7 @@ def test_an_index_cannot_name_files_elsewhere(
         fetch_plain(bucket.url, tmp_path / "base")
 
 
-@pytest.mark.usefixtures("port")
+@pytest.mark.usefixtures("s3_port")
 def test_a_place_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     """No such folder and no such bucket are refusals: another attempt would find nothing either."""
     for url in (f"s3://{BUCKET}/nowhere", f"s3://{uuid.uuid4().hex}/x"):
@@ -195,7 +175,7 @@ def test_a_stranger_is_refused(
 
 
 def test_a_killed_fetch_goes_on(
-    bucket: Bucket, port: Counting, model: dict[str, bytes], tmp_path: Path
+    bucket: Bucket, s3_port: Counting, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     """SIGKILL in the middle of a file: nothing bears its name, and the next call asks only for the rest."""
     bucket.put(model)
@@ -204,9 +184,9 @@ def test_a_killed_fetch_goes_on(
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     [partial] = folders(into)
     assert partial.endswith(".partial")
-    port.requests.clear()
+    s3_port.requests.clear()
     assert contents(fetch_plain(bucket.url, into)) == model
-    assert 0 < len(port.reads(SHARDS[1])) < CHUNKS
+    assert 0 < len(s3_port.reads(SHARDS[1])) < CHUNKS
     assert len(folders(into)) == 1
 
 
@@ -238,19 +218,19 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_used(
 
 
 def test_two_that_share_a_folder_fetch_once(
-    bucket: Bucket, port: Counting, model: dict[str, bytes], tmp_path: Path
+    bucket: Bucket, s3_port: Counting, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     """As the jobs of several parts do: the second waits for the first."""
     bucket.put(model)
     with ThreadPoolExecutor(2) as both:
         fetched = list(both.map(lambda _: fetch_plain(bucket.url, tmp_path / "base"), range(2)))
     assert fetched[0] == fetched[1]
-    assert len(port.reads(SHARDS[1])) == CHUNKS
+    assert len(s3_port.reads(SHARDS[1])) == CHUNKS
 
 
 def test_a_store_that_is_away_may_be_asked_again(
     bucket: Bucket,
-    port: Counting,
+    s3_port: Counting,
     model: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -259,16 +239,16 @@ def test_a_store_that_is_away_may_be_asked_again(
     bucket.put(model)
     monkeypatch.setattr(ranged, "WAITS_S", ())
     monkeypatch.setattr(files, "ANSWER_TIMEOUT_S", 1)
-    port.cut = True
+    s3_port.cut = True
     with pytest.raises(StoreUnavailable):
         fetch_plain(bucket.url, tmp_path / "base")
-    port.cut = False
+    s3_port.cut = False
     assert contents(fetch_plain(bucket.url, tmp_path / "base")) == model
 
 
 def test_too_little_room_is_said_before_anything_comes(
     bucket: Bucket,
-    port: Counting,
+    s3_port: Counting,
     model: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -276,8 +256,8 @@ def test_too_little_room_is_said_before_anything_comes(
     """In numbers, and with the folder; more room may be given, so it is no refusal for good."""
     bucket.put(model)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=CHUNK))
-    port.requests.clear()
+    s3_port.requests.clear()
     with pytest.raises(CheckpointError, match=f"has {CHUNK} left: give it more room") as caught:
         fetch_plain(bucket.url, tmp_path / "base")
     assert not isinstance(caught.value, BaseRefused)
-    assert port.reads(SHARDS[1]) == []
+    assert s3_port.reads(SHARDS[1]) == []

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import s3fs
 from safetensors.numpy import save_file
-from tests.servers.s3 import BUCKET, Server, running_s3
+from tests.servers.s3 import BUCKET, Server
 
 from anamorph.errors import ReplicaExists, ReplicaRefused, SetupError
 from anamorph.keys import TenantKey
@@ -26,29 +25,23 @@ NAME = "acme/tiny/v1"
 SHARD = "model-00001-of-00002.safetensors"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_s3(tmp_path_factory.mktemp("weed")) as running:
-        yield running
-
-
 @pytest.fixture
-def store(server: Server, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Store:
     """An empty store; its credentials are in the environment only. ``S3FileSystem()`` is its very client."""
-    for name, value in server.environment.items():
+    for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     return Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
 
 
-def objects(server: Server, store: Store) -> list[str]:
+def objects(s3_server: Server, store: Store) -> list[str]:
     """Names of the objects in the store, as another client sees them."""
     root = store.url.removeprefix("s3://")
-    return [path.removeprefix(f"{root}/") for path in server.client().find(root)]
+    return [path.removeprefix(f"{root}/") for path in s3_server.client().find(root)]
 
 
 def test_a_published_replica_verifies_by_url_and_is_fetched_whole(
-    store: Store, server: Server, replica: Path, key: TenantKey, tmp_path: Path
+    store: Store, s3_server: Server, replica: Path, key: TenantKey, tmp_path: Path
 ) -> None:
     """Publish, exists, list, verify where it lies, fetch, verify the copy."""
     assert not store.exists(NAME)
@@ -58,25 +51,25 @@ def test_a_published_replica_verifies_by_url_and_is_fetched_whole(
     assert store.exists(NAME)
     assert store.list() == [NAME]
     assert verify(url, key.public_key()) == verify(store.fetch(NAME, tmp_path / "copy"), key.public_key())
-    assert objects(server, store) == sorted(f"{NAME}/{path.name}" for path in replica.iterdir())
+    assert objects(s3_server, store) == sorted(f"{NAME}/{path.name}" for path in replica.iterdir())
 
 
-def test_a_name_is_never_overwritten(store: Store, server: Server, replica: Path, key: TenantKey) -> None:
+def test_a_name_is_never_overwritten(store: Store, s3_server: Server, replica: Path, key: TenantKey) -> None:
     """Publishing again is an error and touches no object."""
     url = store.publish(replica, NAME)
-    before = server.client().find(url, detail=True)
+    before = s3_server.client().find(url, detail=True)
     with pytest.raises(ReplicaExists):
         store.publish(replica, NAME)
     assert len(before) == len(list(replica.iterdir()))
-    assert server.client().find(url, detail=True) == before
+    assert s3_server.client().find(url, detail=True) == before
     verify(url, key.public_key())
 
 
 def test_of_two_publishers_the_slower_is_told(
-    store: Store, server: Server, replica: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, s3_server: Server, replica: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest that appears while the shards go up is not overwritten: the server's condition decides."""
-    other, own = server.client(), s3fs.S3FileSystem()
+    other, own = s3_server.client(), s3fs.S3FileSystem()
     put = own.put_file
 
     def overtaken(*args: Any, **options: Any) -> None:
@@ -90,13 +83,13 @@ def test_of_two_publishers_the_slower_is_told(
 
 
 def test_one_flipped_byte_in_an_object_is_refused(
-    store: Store, server: Server, replica: Path, key: TenantKey, tmp_path: Path
+    store: Store, s3_server: Server, replica: Path, key: TenantKey, tmp_path: Path
 ) -> None:
     """Verification by URL and of a fetched copy both refuse it."""
     url = store.publish(replica, NAME)
     data = bytearray((replica / SHARD).read_bytes())
     data[-1] ^= 1
-    server.client().pipe_file(f"{url}/{SHARD}", bytes(data))
+    s3_server.client().pipe_file(f"{url}/{SHARD}", bytes(data))
     with pytest.raises(ReplicaRefused, match=SHARD):
         verify(url, key.public_key())
     with pytest.raises(ReplicaRefused, match=SHARD):
@@ -105,19 +98,19 @@ def test_one_flipped_byte_in_an_object_is_refused(
 
 @pytest.mark.parametrize("change", ["added", "removed"])
 def test_an_object_too_many_or_too_few_is_refused(
-    store: Store, server: Server, replica: Path, key: TenantKey, change: str
+    store: Store, s3_server: Server, replica: Path, key: TenantKey, change: str
 ) -> None:
     """What the manifest lists is all there is, and all of it is there."""
     url = store.publish(replica, NAME)
     if change == "added":
-        server.client().pipe_file(f"{url}/model-00003-of-00003.safetensors", b"x")
+        s3_server.client().pipe_file(f"{url}/model-00003-of-00003.safetensors", b"x")
     else:
-        server.client().rm_file(f"{url}/{SHARD}")
+        s3_server.client().rm_file(f"{url}/{SHARD}")
     with pytest.raises(ReplicaRefused):
         verify(url, key.public_key())
 
 
-def test_a_deleted_name_is_free_again(store: Store, server: Server, replica: Path, key: TenantKey) -> None:
+def test_a_deleted_name_is_free_again(store: Store, s3_server: Server, replica: Path, key: TenantKey) -> None:
     """Every object is gone, deleting nothing is no error, other names stay."""
     store.publish(replica, NAME)
     store.publish(replica, "acme/tiny/v10")
@@ -125,12 +118,12 @@ def test_a_deleted_name_is_free_again(store: Store, server: Server, replica: Pat
     store.delete(NAME)
     assert not store.exists(NAME)
     assert store.list() == ["acme/tiny/v10"]
-    assert not [one for one in objects(server, store) if one.startswith(f"{NAME}/")]
+    assert not [one for one in objects(s3_server, store) if one.startswith(f"{NAME}/")]
     verify(store.publish(replica, NAME), key.public_key())
 
 
 def test_a_publisher_killed_halfway_has_published_nothing(
-    store: Store, server: Server, replica: Path, key: TenantKey
+    store: Store, s3_server: Server, replica: Path, key: TenantKey
 ) -> None:
     """SIGKILL after the first object: the name is free, and the next publication is whole."""
     code = (
@@ -144,7 +137,7 @@ def test_a_publisher_killed_halfway_has_published_nothing(
     )
     arguments = [sys.executable, "-c", code, store.url, str(replica), NAME]
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
-    assert len(objects(server, store)) == 1
+    assert len(objects(s3_server, store)) == 1
     assert not store.exists(NAME)
     assert store.list() == []
     with pytest.raises(ReplicaRefused):
@@ -153,7 +146,7 @@ def test_a_publisher_killed_halfway_has_published_nothing(
 
 
 def test_the_manifest_is_the_last_object(
-    store: Store, server: Server, replica: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, s3_server: Server, replica: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever an object has gone up, the manifest has not, until all others have."""
     own = s3fs.S3FileSystem()
@@ -162,7 +155,7 @@ def test_the_manifest_is_the_last_object(
 
     def watched(*args: Any, **options: Any) -> None:
         put(*args, **options)
-        seen.append(objects(server, store))
+        seen.append(objects(s3_server, store))
 
     monkeypatch.setattr(own, "put_file", watched)
     store.publish(replica, NAME)
@@ -171,7 +164,7 @@ def test_the_manifest_is_the_last_object(
 
 
 def test_a_shard_of_several_parts_arrives_whole(
-    store: Store, server: Server, replica: Path, key: TenantKey, identity: Identity
+    store: Store, s3_server: Server, replica: Path, key: TenantKey, identity: Identity
 ) -> None:
     """A shard above twice s3fs's chunk size goes up in parts, and verifies by URL byte for byte."""
     save_file({"a": np.zeros(28 * 2**20, dtype=np.float32)}, replica / SHARD, metadata={"format": "pt"})
@@ -179,12 +172,12 @@ def test_a_shard_of_several_parts_arrives_whole(
     seal(replica, identity, key.sign)
     url = store.publish(replica, NAME)
     # The tag of an upload in parts ends with their number.
-    assert server.client().info(f"{url}/{SHARD}")["ETag"].strip('"').endswith("-3")
+    assert s3_server.client().info(f"{url}/{SHARD}")["ETag"].strip('"').endswith("-3")
     verify(url, key.public_key())
 
 
 def test_wrong_credentials_publish_nothing(
-    store: Store, server: Server, replica: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, s3_server: Server, replica: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The environment decides who may write; the error repeats no secret."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
@@ -192,13 +185,13 @@ def test_wrong_credentials_publish_nothing(
     with pytest.raises(PermissionError) as caught:
         Store(store.url).publish(replica, NAME)
     assert "not-the-secret" not in str(caught.value)
-    assert objects(server, store) == []
+    assert objects(s3_server, store) == []
 
 
-def test_credentials_in_a_url_are_refused(server: Server, replica: Path) -> None:
+def test_credentials_in_a_url_are_refused(s3_server: Server, replica: Path) -> None:
     """Even right ones: a URL is written into records and logs."""
-    host = f"{server.access}:{server.secret}@{BUCKET}"
+    host = f"{s3_server.access}:{s3_server.secret}@{BUCKET}"
     for refused in (lambda: Store(f"s3://{host}/x"), lambda: fetch(f"s3://{host}/x", replica / "copy")):
         with pytest.raises(SetupError) as caught:
             refused()
-        assert server.secret not in str(caught.value)
+        assert s3_server.secret not in str(caught.value)
