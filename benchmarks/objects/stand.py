@@ -19,10 +19,10 @@ from benchmarks.objects import records
 from benchmarks.objects.ray import Ray
 from kubernetes import client
 from tests.operator.kubernetes.conftest import Kubernetes, define
-from tests.operator.kubernetes.kubeconfig import write_kubeconfig
 from tests.operator.kubernetes.objects import ABSENT, serving_cluster
 from tests.servers.asgi import serving
 from tests.servers.kube import AUDIT, running_apiserver
+from tests.servers.kubeconfig import write_kubeconfig
 from tests.servers.process import Program, free_port
 
 from anamorph_operator.kubernetes.resources.admission import TENANTS

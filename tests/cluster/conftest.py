@@ -40,6 +40,11 @@ class Walk:
             return self._images()
         return self.shell.run(step(title).script, PATIENCE_S)
 
+    def take_until(self, title: str) -> None:
+        """Do every step before the one of this title, in the guide's order."""
+        for one in walk()[: step(title).number - 1]:
+            self.take(one.title)
+
     def _images(self) -> str:
         """Images are on the node already; KubeRay's chart is told of its own."""
         ours = yaml.safe_load((ROOT / "tests" / "cluster" / "values.yaml").read_text())

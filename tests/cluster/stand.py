@@ -19,14 +19,6 @@ from tests.cluster.guide import step
 from anamorph.cli.smollm2 import fetch_smollm2
 
 TENANT, NAMESPACE = "acme", "team-acme"
-_BEFORE_THE_BASE = (
-    "The cluster",
-    "Images and charts",
-    "Definitions and KubeRay",
-    "Anamorph",
-    "The first administrator",
-    "Tenants and their namespaces",
-)
 # Short, as each case waits until the old version has ended; graceSeconds is their sum.
 _POLICY = {
     "clientCacheTtlSeconds": 10,
@@ -42,8 +34,7 @@ def stand(cluster: Cluster, guide: Walk) -> str:
     base, done = guide.work / "tiny", guide.work / WALKED
     if not done.exists():
         tiny.make(base, fetch_smollm2(), QUESTION, MOST_TOKENS)
-        for title in _BEFORE_THE_BASE:
-            guide.take(title)
+        guide.take_until("The base")
         guide.shell.run(pushing(step("The base").script, base), PATIENCE_S)
         shown = json.loads((guide.work / "base.json").read_text())
         cluster.kubectl("apply", "-f", "-", stdin=json.dumps(model(shown)))

@@ -11,10 +11,12 @@ from pathlib import Path
 import openai
 import pytest
 from tests.cluster import networks
-from tests.cluster.cluster import COMPUTE, RELEASE, ZONES, Cluster, condition, until
+from tests.cluster.cluster import COMPUTE, JOBS, RELEASE, ZONES, Cluster, condition, until
 from tests.cluster.conftest import Walk
 from tests.cluster.conversation import RIGHT, asking, client
+from tests.cluster.grid import Fault
 from tests.cluster.secrets import hits, spellings
+from tests.cluster.strikes import PODS, kill
 
 from anamorph.wire.keyservice import KeyService
 
@@ -33,17 +35,7 @@ REVOKE_S = 10
 
 def test_from_an_empty_cluster_to_the_first_answer(guide: Walk) -> None:
     """The guide as it stands, up to the question that the openai client asks outside the pods."""
-    for title in (
-        "The cluster",
-        "Images and charts",
-        "Definitions and KubeRay",
-        "Anamorph",
-        "The first administrator",
-        "Tenants and their namespaces",
-        "The base",
-        "Encrypted models",
-    ):
-        guide.take(title)
+    guide.take_until("The first answer")
     assert guide.take("The first answer").strip().splitlines()[-1] == RIGHT
 
 
@@ -97,21 +89,19 @@ def test_every_pod_may_go_once(cluster: Cluster, guide: Walk) -> None:
 
 def test_a_rotation_outlives_whoever_works_on_it(cluster: Cluster, guide: Walk) -> None:
     """Operator, Job, key service, Vault (sealed), Ray's head and a worker: each is lost once at work."""
-    component = "app.kubernetes.io/component"
     version = cluster.rotate(ACME)
-    until(lambda: bool(cluster.pods("anamorph-jobs")), "a Job", 120)
-    kill(cluster, RELEASE, f"{component}=operator")
-    kill(cluster, "anamorph-jobs", f"{component}=materializer")
-    kill(cluster, RELEASE, f"{component}=keysvc")
-    kill(cluster, RELEASE, f"{component}=vault")  # sealed until its unsealer has seen it
+    until(lambda: bool(cluster.pods(JOBS)), "a Job", 120)
+    for fault in (Fault.OPERATOR, Fault.JOB, Fault.KEY_SERVICE):
+        kill(cluster, *PODS[fault])
+    kill(cluster, RELEASE, "app.kubernetes.io/component=vault")  # sealed until its unsealer has seen it
     until(lambda: cluster.active(ACME) == version, f"version {version}", ROTATION_S)
     version = cluster.rotate(ACME)
     until(lambda: condition(cluster.model(ACME), "Rotating")[0] == "True", "it begins", 120)
-    kill(cluster, COMPUTE, "ray.io/node-type=head")
+    kill(cluster, *PODS[Fault.HEAD])
     until(lambda: cluster.active(ACME) == version, f"version {version}", ROTATION_S)
     version = cluster.rotate(ACME)
     until(lambda: condition(cluster.model(ACME), "Rotating")[0] == "True", "it begins", 120)
-    kill(cluster, COMPUTE, "ray.io/node-type=worker")
+    kill(cluster, *PODS[Fault.WORKER])
     until(lambda: cluster.active(ACME) == version, f"version {version}", ROTATION_S)
     until(lambda: answers(guide), "an answer", 300)
 
@@ -200,14 +190,6 @@ def test_delete_and_uninstall_keep_what_the_guide_says(cluster: Cluster, guide: 
     assert {one.split("-")[2] for one in claims} >= {"postgresql", "vault", "objectstore"}
     assert cluster.get("namespace", COMPUTE)
     assert cluster.get("crd", "encryptedmodels.anamorph.dev")
-
-
-def kill(cluster: Cluster, namespace: str, selector: str) -> None:
-    """Without a chance to tidy up; its controller makes another."""
-    for pod in cluster.pods(namespace, selector):
-        cluster.kubectl(
-            "delete", "pod", "-n", namespace, pod["metadata"]["name"], "--grace-period=0", "--force"
-        )
 
 
 def answers(guide: Walk) -> bool:

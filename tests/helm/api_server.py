@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from kubernetes import client
 from tests.helm.chart import CRDS, RELEASE, Object, helm
 from tests.servers.find import binary
 from tests.servers.kube import ApiServer, running_apiserver
+from tests.servers.kubeconfig import write_kubeconfig
 
 ZONES = (RELEASE, "anamorph-jobs", "anamorph-compute")
 TESTS = "anamorph-test"
@@ -57,8 +57,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
     """An API server that knows all that the chart makes; all its files are in ``folder``."""
     with running_apiserver(folder) as server:
         admin = server.admin
-        token = admin.configuration.api_key["BearerToken"]
-        made = Cluster(server, kubeconfig(folder, server.url, server.ca_file, token))
+        made = Cluster(server, write_kubeconfig(server, folder / "config"))
         ours = yaml.safe_load_all(helm("template", "crds", CRDS, "--kube-version", "1.35.0"))
         others = [definition(*kind) for kind in foreign()]
         done = made.kubectl("create", objects=[*ours, *others])
@@ -109,17 +108,3 @@ def await_definitions(admin: client.ApiClient) -> None:
                 break
             except client.ApiException:
                 time.sleep(0.1)
-
-
-def kubeconfig(folder: Path, url: str, ca_file: Path, token: str) -> Path:
-    file = folder / "config"
-    entry = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "it",
-        "clusters": [{"name": "it", "cluster": {"server": url, "certificate-authority": str(ca_file)}}],
-        "users": [{"name": "it", "user": {"token": token.removeprefix("Bearer ")}}],
-        "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
-    }
-    file.write_text(json.dumps(entry))
-    return file

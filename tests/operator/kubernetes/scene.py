@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from kubernetes import client as kubernetes_client
 from tests.keysvc.conftest import ARTIFACT, World
-from tests.operator.kubernetes.kubeconfig import write_kubeconfig
 from tests.operator.kubernetes.objects import ABSENT, encrypted_model, serving_cluster
+from tests.servers.kubeconfig import write_kubeconfig
 
 from anamorph.wire.admin import Role
 from anamorph.wire.inference import KEY_ID_HEADER

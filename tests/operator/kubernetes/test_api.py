@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from kubernetes import client as kubernetes_client
 from tests.operator.kubernetes.conftest import Kubernetes
-from tests.operator.kubernetes.kubeconfig import write_kubeconfig
 from tests.operator.kubernetes.objects import encrypted_model
+from tests.servers.kubeconfig import write_kubeconfig
 from tests.servers.process import free_port
 
 from anamorph import errors

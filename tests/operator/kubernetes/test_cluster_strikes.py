@@ -10,8 +10,8 @@ from kubernetes import client
 from tests.cluster.cluster import Cluster
 from tests.cluster.strikes import kill
 from tests.operator.kubernetes.conftest import Kubernetes
-from tests.operator.kubernetes.kubeconfig import write_kubeconfig
 from tests.servers.find import binary
+from tests.servers.kubeconfig import write_kubeconfig
 
 pytestmark = pytest.mark.real
 NAMESPACE, PART = "strikes", {"part": "job"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from kubernetes import client as kubernetes_client
 from tests.operator.kubernetes.conftest import Kubernetes
-from tests.operator.kubernetes.kubeconfig import write_kubeconfig
+from tests.servers.kubeconfig import write_kubeconfig
 
 from anamorph import errors
 from anamorph.wire.admin import ModelRead

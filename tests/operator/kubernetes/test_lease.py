@@ -18,8 +18,8 @@ import pytest
 from kubernetes import client as kubernetes_client
 from tests.operator.kubernetes import lease_holder
 from tests.operator.kubernetes.conftest import Kubernetes
-from tests.operator.kubernetes.kubeconfig import write_kubeconfig
 from tests.servers.kube import running_apiserver
+from tests.servers.kubeconfig import write_kubeconfig
 from tests.servers.process import Program
 
 from anamorph import errors

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from kubernetes import client as kubernetes_client
 from tests.operator.kubernetes.conftest import Kubernetes
-from tests.operator.kubernetes.kubeconfig import write_kubeconfig
+from tests.servers.kubeconfig import write_kubeconfig
 
 from anamorph import errors
 from anamorph.wire.serving import DoorState

@@ -20,6 +20,7 @@ FORCE_DELETE = f"{GROUP}/force-delete"
 LONGEST_REQUEST = 256
 
 AnyPart = TypeVar("AnyPart", bound=Part)
+AnyStatus = TypeVar("AnyStatus", bound=Part)
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,7 @@ class EncryptedModel:
         Raises:
             SetupError: a later release has defined what it says.
         """
-        return cls(
-            Metadata.read(body["metadata"]),
-            _spec(EncryptedModelSpec, body),
-            _status(EncryptedModelStatus, body),
-        )
+        return cls(*_parts(EncryptedModelSpec, EncryptedModelStatus, body))
 
     @property
     def tenant(self) -> str:
@@ -105,15 +102,17 @@ class ServingCluster:
         Raises:
             SetupError: a later release has defined what it says.
         """
-        return cls(
-            Metadata.read(body["metadata"]),
-            _spec(ServingClusterSpec, body),
-            _status(ServingClusterStatus, body),
-        )
+        return cls(*_parts(ServingClusterSpec, ServingClusterStatus, body))
 
     @property
     def name(self) -> str:
         return self.metadata.name
+
+
+def _parts(
+    spec: type[AnyPart], status: type[AnyStatus], body: Mapping[str, Any]
+) -> tuple[Metadata, AnyPart, AnyStatus]:
+    return Metadata.read(body["metadata"]), _spec(spec, body), _status(status, body)
 
 
 def _spec(kind: type[AnyPart], body: Mapping[str, Any]) -> AnyPart:
